@@ -1,0 +1,131 @@
+"""The only file that imports deepspeed: process start, model loading, engine building.
+
+Memory at load, 70B bf16 on 8 ranks a node: with ZeRO-3 the parameters are partitioned as they are created (zero.Init),
+so a rank holds 1/world of the model and one layer at a time, never 140 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from grpo_ds.actor.ds_json import zero_stage
+from grpo_ds.actor.head import TokenLogProbs
+from grpo_ds.config import ActorConfig, ModelConfig
+from grpo_ds.dist import Ranks
+
+
+def device_kind() -> str:
+    """cpu, cuda, ... as DeepSpeed sees this machine."""
+    return str(get_accelerator().device_name())
+
+
+def device(ranks: Ranks) -> torch.device:
+    """This rank's device."""
+    return torch.device(get_accelerator().device_name(ranks.local_rank) if device_kind() != "cpu" else "cpu")
+
+
+def resolve_dtype(model: ModelConfig) -> str:
+    """float32 or bfloat16; auto depends on the accelerator (bf16 is several times slower than fp32 on most CPUs)."""
+    if model.dtype != "auto":
+        return model.dtype
+    return "float32" if device_kind() == "cpu" else "bfloat16"
+
+
+def connect(ranks: Ranks) -> None:
+    """Joins torch.distributed first, then hands the group to DeepSpeed.
+
+    In this order no device id is bound to the default group (with one bound, engine groups made later have hung).
+    """
+    # DeepSpeed would compile a shared-memory all-reduce here, which only tensor-parallel inference uses, and which
+    # needs a C++ compiler and leaves files in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device_kind() != "cpu":
+        get_accelerator().set_device(ranks.local_rank)
+    ranks.connect(get_accelerator().communication_backend_name() if device_kind() != "cpu" else "gloo")
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+class _Zero3Loading:
+    """What transformers asks while it builds a model: the configuration, and whether it is stage 3."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return zero_stage(self.config) == 3
+
+
+@contextmanager
+def _partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    holder = _Zero3Loading(config)
+    set_hf_deepspeed_config(holder)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def load_model(model: ModelConfig, path: str, dtype: str, config: dict[str, Any]) -> nn.Module:
+    """Reads a Hugging Face causal LM; under ZeRO-3 its parameters are partitioned while they are created."""
+    with _partitioned_loading(config):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
+    check_head(loaded, path)
+    return loaded
+
+
+def check_head(model: nn.Module, path: str) -> None:
+    """Refuses architectures whose head is more than one matrix product; their log-probabilities would be wrong."""
+    config = model.config
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    extras = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
+    if head is None or getattr(head, "bias", None) is not None or extras:
+        reason = "a bias" if head is not None and not extras else ", ".join(extras) or "no output embeddings"
+        raise ValueError(f"{path}: the head of {type(model).__name__} has {reason}, which the trainer does not support")
+
+
+def _optimizer(module: nn.Module, actor: ActorConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    options: dict[str, Any] = {
+        "lr": actor.lr,
+        "betas": actor.betas,
+        "eps": actor.adam_eps,
+        "weight_decay": actor.weight_decay,
+    }
+    if offload != "none":
+        return DeepSpeedCPUAdam(module.parameters(), **options)
+    return torch.optim.AdamW(module.parameters(), fused=True, **options)
+
+
+def build_engine(
+    model: nn.Module, config: dict[str, Any], *, temperature: float, chunk: int, actor: ActorConfig | None
+) -> Any:
+    """A DeepSpeed engine around `TokenLogProbs`; without `actor` it is the frozen reference (ZeRO-Inference)."""
+    module: Any = TokenLogProbs(model, temperature=temperature, chunk=chunk)
+    if zero_stage(config) == 3:
+        # Hooks cost about a millisecond a module: decoder layers are gathered whole.
+        names = getattr(model, "_no_split_modules", None) or ()
+        layers = {type(m) for m in model.modules() if type(m).__name__ in names}
+        if layers:
+            set_z3_leaf_modules(module, list(layers))
+        deepspeed.zero.register_external_parameter(module.head, module.head.weight)
+    if actor is None:
+        module.eval().requires_grad_(False)
+        return deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+    optimizer = _optimizer(module, actor, config)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]

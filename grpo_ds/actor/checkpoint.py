@@ -1,0 +1,156 @@
+"""Checkpoints: everything the loop needs to go on as if it had not stopped.
+
+A checkpoint is DeepSpeed's own (weights, optimizer), `trainer.json` (round, policy version, prompt cursor, what the run
+must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a temporary name and renamed, so a
+folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are functions of train.seed and the
+round, and torch is seeded from them at each round.
+
+Bytes at 70B: 16 B a parameter (bf16 weights, fp32 master and moments), written by all ranks in parallel: 2.2 GB a rank
+on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of
+ranks is first converted to DeepSpeed's universal format, by one process of the first node that reads all of it and
+writes fp32 tensors of 12 B a parameter beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.config import RecipeError
+from grpo_ds.dist import Ranks
+from grpo_ds.records import read_groups, write_groups
+from grpo_ds.types import Group
+
+_UNIVERSAL = "universal"
+"""Folder in a checkpoint that holds its universal form, once another number of ranks has asked for it."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The loop's own state after a whole number of rounds."""
+
+    round: int
+    """Rounds finished."""
+    version: int
+    """Policy version of the weights."""
+    cursor: int
+    """Prompts drawn so far."""
+    optimizer_steps: int
+    world: int
+    """Ranks that wrote the checkpoint."""
+    must_match: dict[str, Any]
+    """Settings that a resumed run may not change; dotted recipe keys, and the data's fingerprint."""
+    totals: dict[str, float]
+    """Running sums of the summary: seconds, samples, tokens."""
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("round-??????") if (p / "trainer.json").is_file())
+
+
+def save_checkpoint(
+    run: Path, engine: Any, state: TrainerState, carried: list[Group] | None, ranks: Ranks, keep: int
+) -> Path:
+    """Writes one checkpoint from all ranks and removes all but the newest `keep`.
+
+    carried: this node's surplus groups on ranks that lead a node, else None.
+    """
+    folder = run / "checkpoints"
+    name = f"round-{state.round:06d}"
+    partial = folder / f"{name}.partial"
+    if ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier("checkpoint folder")
+    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    if carried is not None:
+        write_groups(partial / f"carried-{ranks.node}.jsonl", carried)
+    if ranks.is_main:
+        (partial / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
+    ranks.barrier("checkpoint written")
+    if ranks.is_main:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        partial.rename(folder / name)
+        for old in checkpoints_of(run)[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier("checkpoint renamed")
+    return folder / name
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The state of a checkpoint; refuses one that is not whole."""
+    try:
+        return TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(
+            f"{checkpoint}: the checkpoint's trainer.json cannot be read ({error}): remove the folder, and the run goes "
+            "on from the checkpoint before"
+        ) from None
+
+
+def check_state(checkpoint: Path, state: TrainerState, must_match: dict[str, Any]) -> None:
+    """Refuses to go on with what would silently be another run."""
+    for key, value in must_match.items():
+        if state.must_match.get(key) != value:
+            raise RecipeError(
+                f"{checkpoint}: {key} was {state.must_match.get(key)!r} and is {value!r} now: a resumed run keeps it; "
+                "start a new run to change it"
+            )
+
+
+def load_checkpoint(checkpoint: Path, engine: Any, ranks: Ranks) -> list[Group]:
+    """Restores weights and optimizer on all ranks; returns the carried groups that fall to this node.
+
+    An engine configured with checkpoint.load_universal takes a checkpoint of any number of ranks.
+    """
+    if engine.load_universal_checkpoint():
+        _make_universal(checkpoint, ranks)
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=_UNIVERSAL)
+        for state in engine.optimizer.optimizer.state.values():
+            # DeepSpeed 0.19.8 gives all sub-groups one step tensor, which each of them would then count up.
+            if hasattr(state.get("step"), "clone"):
+                state["step"] = state["step"].clone()
+    else:
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise RecipeError(f"{checkpoint}: DeepSpeed found no weights in it: remove the folder and resume again")
+    if not ranks.leads_node:
+        return []
+    groups = [group for file in sorted(checkpoint.glob("carried-*.jsonl")) for group in read_groups(file)]
+    return [group for group in groups if group.prompt.index % ranks.nodes == ranks.node]
+
+
+def _make_universal(checkpoint: Path, ranks: Ranks) -> None:
+    """The main rank converts the checkpoint, once; all ranks learn of a failure. Raises RuntimeError."""
+    problem = None
+    if ranks.is_main and not (checkpoint / _UNIVERSAL).is_dir():
+        problem = _convert(checkpoint, ranks.timeout_s)
+    problem = ranks.broadcast(problem, "conversion of the checkpoint")
+    if problem:
+        raise RuntimeError(f"{checkpoint} could not be converted for {ranks.world} ranks: {problem}")
+
+
+def _convert(checkpoint: Path, timeout_s: float) -> str | None:
+    """Runs DeepSpeed's converter in a process of its own; returns what went wrong."""
+    partial = checkpoint / f"{_UNIVERSAL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    workers = str(min(4, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"DeepSpeed's ds_to_universal did not end within {timeout_s:g} s (train.collective_timeout_s)"
+    if done.returncode != 0:
+        return f"DeepSpeed's ds_to_universal failed: {done.stderr.strip()[-500:]}"
+    partial.rename(checkpoint / _UNIVERSAL)
+    return None

@@ -1,0 +1,71 @@
+"""The policy under training and the frozen reference, as the loop sees them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grpo_ds.config import ActorConfig
+
+if TYPE_CHECKING:
+    from grpo_ds.batching import MicroBatch
+
+
+class Scorer:
+    """Log-probabilities of micro-batches under one DeepSpeed engine (actor or reference)."""
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self.engine = engine
+        self.device = device
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(M,) log-probabilities (with gradient when enabled) and (M,) entropies of the response tokens, float32."""
+        result: tuple[Tensor, Tensor] = self.engine(
+            micro.input_ids, micro.position_ids, micro.attention_mask, micro.predictor, micro.targets
+        )
+        return result
+
+    @torch.no_grad()
+    def logprobs(self, micro: MicroBatch) -> Tensor:
+        """(M,) log-probabilities without gradient."""
+        return self.forward(micro)[0]
+
+
+class Policy(Scorer):
+    """The actor: accumulates gradients over micro-batches, then steps.
+
+    DeepSpeed divides gradients by the number of ranks W after summing them, and `backward` would divide by the
+    accumulation steps. With loss shares s_j (share j over the step's global denominator, Σ_j s_j = the loss):
+
+        grad = (1/W) Σ_ranks Σ_j ∂(W · s_j) = Σ_j ∂ s_j
+
+    so the only correction is the factor W here, with scale_wrt_gas off. Nothing else in the project rescales.
+    """
+
+    def __init__(self, engine: Any, device: torch.device, actor: ActorConfig, world: int) -> None:
+        super().__init__(engine, device)
+        self.actor = actor
+        self.world = world
+        self.steps_taken = 0
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Adds the gradient of this micro-batch's share of the step's loss."""
+        self.engine.backward(loss_share * self.world, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping."""
+        warmup = self.actor.lr_warmup_steps
+        lr = self.actor.lr * min(1.0, (self.steps_taken + 1) / warmup) if warmup else self.actor.lr
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        self.steps_taken += 1
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.engine.optimizer.param_groups[0]["lr"])

@@ -1,0 +1,375 @@
+"""The recipe: every setting of a run as frozen dataclasses. No torch here, so mistakes are answered at once.
+
+A recipe is one YAML file with these sections. Unknown keys are refused, impossible combinations are refused with the
+reason, and nothing is rewritten silently. `grpo_ds.recipe` reads the file and the command line into a `Recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class RecipeError(ValueError):
+    """The user's input is wrong; the message is one sentence: what, where, what to do."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise RecipeError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Hugging Face model: a folder (relative to the working directory or to the recipe file) or a hub name."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Parameter type of actor, reference and engine; auto: float32 on CPU, bfloat16 on an accelerator."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel in transformers' words: sdpa, eager, flash_attention_2."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    trust_remote_code: bool = False
+    """Run Python code that ships inside the model folder. Off, because it is arbitrary code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str
+    """Training prompts: a .jsonl or .parquet file, or a hub data set name."""
+    heldout: str | None = None
+    """Prompts of the before/after table; never trained on."""
+    split: str = "train"
+    """Split to take when `train` or `heldout` is a hub name."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Map from our column names to the file's: {prompt: question} reads the prompt from column `question`."""
+    system_prompt: str | None = None
+    """System message put before each prompt; turns the chat template on."""
+    chat_template: bool | None = None
+    """Apply the tokenizer's chat template; null: exactly when the prompt is a list of messages."""
+    max_prompt_tokens: int = 2048
+    """Rows with longer prompts are refused (`overlong_prompts: drop` leaves them out), in tokens."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """What to do with rows above max_prompt_tokens."""
+    shuffle: bool = True
+    """Permute the rows anew in each epoch, by train.seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    functions: list[str]
+    """Reward functions: an entry point's name, `package.module.function` or `path/file.py:function`."""
+    weights: list[float] | None = None
+    """Weight of each function in the score; null: 1 each."""
+    workers: int = 2
+    """Processes that run reward functions, per node."""
+    timeout_s: float = 10.0
+    """Deadline of one call a sample, in seconds; the process is killed and replaced when it is missed."""
+    on_error: Literal["fail", "unscored"] = "fail"
+    """A function that raises or misses its deadline: end the run, or count the sample as `cannot be scored`."""
+    dry_run_rows: int = 2
+    """Rows on which each function is tried before any model is loaded; 0: none."""
+    overlong_buffer_len: int = 0
+    """DAPO's soft overlong buffer B, in tokens: the last B of max_response_tokens are punished; 0: off."""
+    overlong_penalty_factor: float = 1.0
+    """Penalty at the full length (DAPO's factor f), in units of reward."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.functions) > 0, "reward.functions is empty: name at least one reward function")
+        _require(
+            self.weights is None or len(self.weights) == len(self.functions),
+            f"reward.weights has {len(self.weights or [])} entries for {len(self.functions)} reward.functions: "
+            "give one weight a function",
+        )
+        _require(self.timeout_s > 0, "reward.timeout_s must be positive: every reward call has a deadline")
+        _require(self.workers > 0, "reward.workers must be at least 1")
+        _require(self.overlong_buffer_len >= 0, "reward.overlong_buffer_len must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    n: int = 8
+    """Responses sampled for each prompt (the group size)."""
+    max_response_tokens: int = 1024
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer's log-probabilities are taken at the same temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling; other than 1 is refused while importance correction is on."""
+    top_k: int = 0
+    """Top-k sampling, 0: off; other than 0 is refused while importance correction is on."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end a response, beside the model's own end-of-sequence tokens."""
+    prompts_per_batch: int | None = None
+    """Prompts generated at a time while a round collects its groups; null: train.prompts_per_round."""
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, "rollout.n must be at least 1")
+        _require(self.max_response_tokens >= 1, "rollout.max_response_tokens must be at least 1")
+        _require(self.temperature > 0, "rollout.temperature must be positive: training needs sampled responses")
+        _require(0 < self.top_p <= 1, "rollout.top_p must lie in (0, 1]")
+        _require(
+            self.prompts_per_batch is None or self.prompts_per_batch >= 1, "rollout.prompts_per_batch must be >= 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    kind: str = "vllm"
+    """Generation engine: vllm or sglang (own server process on loopback), or hf (in process, slow, for debugging)."""
+    python: str | None = None
+    """Python of the environment that holds the engine; null: the trainer's own, for sglang the one beside it that
+    `launch/setup.sh --engine sglang` makes."""
+    urls: list[str] = field(default_factory=list)
+    """Servers that run already, instead of starting one; loopback only."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Options of the engine under its own names, e.g. {max_num_seqs: 256}."""
+    start_timeout_s: float = 300.0
+    """Deadline for the server to answer its first health check, in seconds."""
+    request_timeout_s: float = 1800.0
+    """Deadline for one generation request, in seconds."""
+    replicas: int = 1
+    """Servers a node runs; requests wait in one queue, from which each takes its next when it has capacity."""
+    max_restarts: int = 0
+    """Engine failures a node survives: the server is restarted and given the weights; 0: the first one ends the run."""
+    stall_timeout_s: float = 60.0
+    """Longest silence of a server before it counts as hung (a health check, a step of a weight update), in seconds;
+    used with replicas > 1 or max_restarts > 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.replicas >= 1, "engine.replicas must be at least 1")
+        _require(self.max_restarts >= 0, "engine.max_restarts must not be negative")
+        _require(self.stall_timeout_s > 0, "engine.stall_timeout_s must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterGroupsConfig:
+    enable: bool = True
+    """DAPO's dynamic sampling: only groups whose scores differ are trained on."""
+    filter: str = "dynamic_sampling"
+    """Which groups are kept: a name of entry-point group `grpo_ds.filters`."""
+    filter_args: dict[str, Any] = field(default_factory=dict)
+    """The filter's own options, beside `tolerance`."""
+    metric_to_filter: str = "score"
+    """What must differ within a group: `score` (unshaped), or the name of one reward function."""
+    tolerance: float = 0.0
+    """A group is kept iff max > min + tolerance, in units of the metric."""
+    max_num_gen_batches: int = 4
+    """Generation batches a round may use to find its groups; 0: no limit."""
+    max_staleness: int = 1
+    """Surplus groups wait for a later round until they are this many policy versions old, then they are dropped."""
+    on_exhausted: Literal["error", "train_partial"] = "error"
+    """When max_num_gen_batches did not give enough groups: end the run, or train on what there is."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_gen_batches >= 0, "algorithm.filter_groups.max_num_gen_batches must not be negative")
+        _require(self.max_staleness >= 0, "algorithm.filter_groups.max_staleness must not be negative")
+        _require(self.tolerance >= 0, "algorithm.filter_groups.tolerance must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    level: Literal["off", "token", "sequence"] = "token"
+    """Importance weight between engine and trainer log-probabilities: one a token, one a sequence, or none."""
+    mode: Literal["truncate", "mask"] = "truncate"
+    """truncate: min(w, upper). mask: w inside [lower, upper], 0 outside."""
+    upper: float = 2.0
+    """Upper bound C of the weight."""
+    lower: float = 0.5
+    """Lower bound of the weight in mode mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    adv_estimator: str = "grpo"
+    """Advantage estimator: a name of entry-point group `grpo_ds.estimators`."""
+    norm_adv_by_std_in_grpo: bool = True
+    """Divide by the group's standard deviation, for estimators that know the option (false: Dr.GRPO)."""
+    gamma: float = 1.0
+    """Discount of later rewards, for estimators that know the option."""
+    estimator_args: dict[str, Any] = field(default_factory=dict)
+    """The estimator's own options."""
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    """Dynamic sampling."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    """Correction of the train/inference mismatch."""
+    mask_truncated_responses: bool = False
+    """DAPO's overlong filtering: responses cut off at max_response_tokens give no loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    lr: float = 1.0e-6
+    """Peak learning rate of AdamW."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0; constant afterwards."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging coefficients."""
+    adam_eps: float = 1.0e-8
+    """AdamW's epsilon."""
+    grad_clip: float = 1.0
+    """Global gradient norm above which the gradient is scaled down; 0: off."""
+    clip_ratio: float = 0.2
+    """Both clipping bounds of the ratio, where the next two do not say otherwise."""
+    clip_ratio_low: float | None = None
+    """Lower clipping bound epsilon_low."""
+    clip_ratio_high: float | None = None
+    """Upper clipping bound epsilon_high (DAPO's clip-higher: 0.28)."""
+    policy_loss_fn: str = "vanilla"
+    """Policy loss: a name of entry-point group `grpo_ds.losses`."""
+    policy_loss_args: dict[str, Any] = field(default_factory=dict)
+    """The policy loss' own options."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How token losses of a whole optimizer step become one number."""
+    kl_loss_coef: float = 0.0
+    """Weight of the KL to the reference in the loss; 0 loads no reference."""
+    kl_loss_type: str = "k3"
+    """KL estimator: k1, abs, k2 (mse), k3 (low_var); a trailing + takes k2's gradient."""
+    kl_placement: Literal["loss", "reward"] = "loss"
+    """loss: kl_loss_coef x KL is added to the token loss. reward: it is taken off the token rewards."""
+    kl_target: float | None = None
+    """Adapt kl_loss_coef so that the mean KL a token approaches this, in nats; null: fixed."""
+    kl_horizon: int = 10000
+    """Samples over which an adaptive coefficient changes by its error."""
+    deepspeed: str = "zero3.json"
+    """DeepSpeed's configuration: a file of ds_configs/, or a path."""
+    logprob_chunk_tokens: int = 2048
+    """Tokens whose logits exist at once; bounds memory at (this x vocabulary)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "actor.lr must not be negative")
+        _require(self.kl_loss_coef >= 0, "actor.kl_loss_coef must not be negative")
+        _require(self.grad_clip >= 0, "actor.grad_clip must not be negative")
+        _require(
+            self.kl_target is None or (self.kl_target > 0 and self.kl_loss_coef > 0),
+            "actor.kl_target must be positive and needs actor.kl_loss_coef > 0 to start from",
+        )
+        _require(self.kl_horizon >= 1, "actor.kl_horizon must be at least 1")
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """(epsilon_low, epsilon_high)."""
+        low = self.clip_ratio if self.clip_ratio_low is None else self.clip_ratio_low
+        high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    deepspeed: str = "zero_inference.json"
+    """DeepSpeed's configuration of the frozen reference: a file of ds_configs/, or a path."""
+    path: str | None = None
+    """Reference model; null: model.path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    bucket_mb: int = 512
+    """Size of one of the two transfer buffers, in MiB."""
+    timeout_s: float = 600.0
+    """Deadline of one weight update, in seconds."""
+    verify: Literal["off", "sampled", "full"] = "sampled"
+    """Checksums of what the engines read: none, of each tensor in every 16th version, or of all in every version."""
+    max_logprob_gap: float = 1.0
+    """Largest mean |trainer - engine| log-probability of freshly sampled tokens before the run is stopped, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    prompts_per_round: int = 32
+    """Groups that one round trains on."""
+    prompts_per_update: int | None = None
+    """Groups of one optimizer step; null: all of the round (one step a round)."""
+    rounds: int = 100
+    """Rounds of the run; a round is one collection and one weight publication."""
+    micro_batch_tokens: int = 8192
+    """Tokens (padding included) of one forward/backward pass on one rank."""
+    seed: int = 0
+    """Seed of prompt order and sampling."""
+    evaluate_every: int = 0
+    """Rounds between evaluations on data.heldout; 0: only before and after."""
+    heldout_n: int = 1
+    """Responses a held-out prompt in an evaluation."""
+    checkpoint_every: int = 10
+    """Rounds between checkpoints; 0: only the last."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept on disk; older ones are removed."""
+    collective_timeout_s: float = 3600.0
+    """Deadline of a collective between ranks, in seconds; ranks wait in one while their node's engine generates."""
+
+    def __post_init__(self) -> None:
+        _require(self.prompts_per_round >= 1, "train.prompts_per_round must be at least 1")
+        _require(self.rounds >= 0, "train.rounds must not be negative")
+        _require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens must be at least 1")
+        _require(
+            self.prompts_per_update is None or 1 <= self.prompts_per_update <= self.prompts_per_round,
+            f"train.prompts_per_update must lie between 1 and train.prompts_per_round ({self.prompts_per_round})",
+        )
+        _require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs"
+    """Folder that gets one folder a run."""
+    name: str = "run"
+    """Run name; the folder is <dir>/<name>-<time>."""
+    rollouts_per_round: int = 64
+    """Responses of each round written to rollouts/*.jsonl; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All settings of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    resume: str | None = None
+    """auto: go on with the newest run of this run.name, or start one; or the folder of a run."""
+
+    def __post_init__(self) -> None:
+        r = self.rollout
+        _require(
+            self.algorithm.importance.level == "off" or (r.top_p == 1.0 and r.top_k == 0),
+            "rollout.top_p and rollout.top_k must be off while algorithm.importance.level is not off: the engine "
+            "normalises over the kept tokens only, so importance weights would be wrong; set "
+            "algorithm.importance.level: off, or sample from the full distribution",
+        )
+        _require(
+            not self.algorithm.filter_groups.enable or r.n >= 2,
+            "algorithm.filter_groups.enable needs rollout.n >= 2: the scores of a single response never differ",
+        )
+        _require(
+            self.reward.overlong_buffer_len <= r.max_response_tokens,
+            f"reward.overlong_buffer_len ({self.reward.overlong_buffer_len}) exceeds rollout.max_response_tokens "
+            f"({r.max_response_tokens}): the buffer is the last part of the longest response",
+        )
+        _require(
+            self.data.max_prompt_tokens + r.max_response_tokens <= self.train.micro_batch_tokens,
+            f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) is below data.max_prompt_tokens + "
+            f"rollout.max_response_tokens ({self.data.max_prompt_tokens + r.max_response_tokens}): a sequence is "
+            "never split, so the longest one must fit",
+        )
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Prompts of one generation batch."""
+        return self.rollout.prompts_per_batch or self.train.prompts_per_round
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Groups of one optimizer step."""
+        return self.train.prompts_per_update or self.train.prompts_per_round

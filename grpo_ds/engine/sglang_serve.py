@@ -1,0 +1,105 @@
+"""Starts SGLang's server: `python -m grpo_ds.engine.sglang_serve <SGLang's own flags>`, in SGLang's environment.
+
+Each process that SGLang spawns repeats the top level of this module, and calls SGLang's plugin loader, which applies
+the hooks registered here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from grpo_ds.engine.guard import die_with_parent
+
+die_with_parent()
+
+import torch  # noqa: E402  (after the line above, so that no import delays it)
+
+from grpo_ds.engine.base import KEY_VARIABLE  # noqa: E402
+
+
+def _fit_to_machine() -> None:
+    """Lets SGLang import and compute where the CUDA libraries that its packages were built with are missing."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # "operator torchvision::nms does not exist": SGLang only needs it to have a signature
+        for name in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEEP.append(library)
+    if not torch.accelerator.is_available():
+        from sglang.srt.layers.rotary_embedding import base
+
+        base._is_cpu = True  # else SGLang would look for a kernel of an old vLLM
+
+
+_KEEP: list[Any] = []
+"""Libraries whose definitions end with them."""
+
+
+def _own_sampler(create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from grpo_ds.engine.sglang_sampler import SeededSampler
+
+    return SeededSampler()
+
+
+def _keep_seeds(info: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """SGLang drops the requests' seeds unless it computes batch-invariantly, which needs a GPU and costs speed."""
+    seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
+    info.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)
+    return info
+
+
+def _answer_refusals(load: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """An update that is refused is an answer; SGLang would end the server. All tensor-parallel ranks must agree."""
+    from sglang.srt.runtime_context import get_parallel
+
+    try:
+        success, message = load(*args, **kwargs)
+    except Exception as error:
+        logging.getLogger(__name__).exception("a weight update was refused")
+        success, message = False, f"{type(error).__name__}: {error}"
+    refused = torch.tensor([0 if success else 1])
+    torch.distributed.all_reduce(refused, group=get_parallel().tp_group.cpu_group)
+    if success and int(refused) > 0:
+        return False, f"{int(refused)} tensor-parallel ranks refused the weights, see the server's log"
+    return success, message
+
+
+def _register_hooks() -> None:
+    """SGLang applies them in `load_plugins`, in every process that runs a model."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    around, after = HookType.AROUND, HookType.AFTER
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    HookRegistry.register("sglang.srt.layers.sampler.create_sampler", _own_sampler, around)
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _keep_seeds, after
+    )
+    HookRegistry.register(f"{updater}.update_weights_from_tensor", _answer_refusals, around)
+
+
+_fit_to_machine()
+_register_hooks()
+
+
+def main() -> None:
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    if set(HookRegistry._hooks) != HookRegistry._patched:  # SGLang itself would only log it and go on
+        sys.exit(f"this version of SGLang lacks what grpo_ds hooks into; patched was only {HookRegistry._patched}")
+    key = os.environ.get(KEY_VARIABLE)
+    run_server(prepare_server_args([*sys.argv[1:], *(["--api-key", key] if key else [])]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The training loop: prompts -> rollouts -> rewards -> filter -> advantages -> micro-batches -> loss -> step -> sync.
+
+Every rank runs this file. Ranks that lead a node also drive its engine; what crosses ranks is a line of scalars a
+group, each sample once, and the denominators. A *round* is one collection and one weight publication (one policy
+version); it holds one or more *optimizer steps*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grpo_ds.balance import Assignment, assign, per_token_home
+from grpo_ds.batching import Layout, MicroBatch
+from grpo_ds.clock import Clock
+from grpo_ds.collect import Collection, Collector
+from grpo_ds.config import Recipe
+from grpo_ds.dist import Ranks
+from grpo_ds.losses import KlController, kl_estimate
+from grpo_ds.metrics import reduce_stats, round_metrics
+from grpo_ds.objective import Objective, Stats, merge
+from grpo_ds.samples import AdvantageStage
+from grpo_ds.seeds import derive_seed
+from grpo_ds.types import Group, Sample
+
+
+class Actor(Protocol):
+    """The policy under training."""
+
+    device: torch.device
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]: ...
+    def logprobs(self, micro: MicroBatch) -> Tensor: ...
+    def backward(self, loss_share: Tensor) -> None: ...
+    def step(self) -> float: ...
+
+
+class Reference(Protocol):
+    """The frozen reference."""
+
+    def logprobs(self, micro: MicroBatch) -> Tensor: ...
+
+
+class Publisher(Protocol):
+    """Gives the engines the actor's weights as a new policy version."""
+
+    def publish(self, version: int) -> dict[str, float]: ...
+
+
+class RoundLog(Protocol):
+    """Where a round's numbers and rollouts go."""
+
+    def round(self, metrics: dict[str, Any], rollouts: Sequence[Group]) -> None: ...
+
+
+@dataclass
+class Parts:
+    """What the loop works with."""
+
+    ranks: Ranks
+    collector: Collector
+    advantage: AdvantageStage
+    objective: Objective
+    actor: Actor
+    reference: Reference | None
+    kl: KlController
+    publisher: Publisher
+    log: RoundLog
+    layout: Layout
+    after_round: Callable[[int, int, dict[str, Any]], None]
+    """Called on every rank with (rounds finished, version, metrics): checkpoints and evaluations."""
+    engine_faults: Callable[[], dict[str, int]]
+    """Called on every rank: the metrics engine/*, what happened to the engines since the last call."""
+
+
+def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
+    """Runs rounds `first_round` to `train.rounds`; the engines hold policy `version`. Returns the last version."""
+    for round_index in range(first_round, recipe.train.rounds):
+        clock = Clock()
+        parts.ranks.where = f"round {round_index}"
+        torch.manual_seed(derive_seed(recipe.train.seed, "round", round_index, parts.ranks.rank))
+
+        collection = parts.collector.collect(round_index, version, clock)
+        samples = advantages(recipe, parts, collection, clock)
+        work = assign(recipe, parts.ranks, parts.layout, collection.order, samples)
+        stats, norms = update(parts, work, version, clock)
+        version += 1
+        with clock.time("sync"):
+            phases = parts.publisher.publish(version)
+
+        metrics: dict[str, Any] = {"round": round_index, "version": version, "kl_coef": parts.kl.coef}
+        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks)
+        metrics |= parts.engine_faults()
+        metrics |= {f"seconds/sync_{phase}": seconds for phase, seconds in phases.items()}
+        metrics |= {f"seconds/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        metrics["seconds/total"] = clock.total
+        parts.kl.update(metrics.get("kl", 0.0), metrics["samples"])
+        parts.log.round(metrics, collection.rollouts)
+        check_freshness(recipe, round_index, version - 1, metrics["logprob_gap"])
+        parts.after_round(round_index + 1, version, metrics)
+    return version
+
+
+def advantages(recipe: Recipe, parts: Parts, collection: Collection, clock: Clock) -> list[Sample]:
+    """The samples this node made, with advantages; KL placed in the reward is taken off before the estimator."""
+    reference = parts.reference
+    if reference is None or recipe.actor.kl_placement == "loss":
+        return parts.advantage(collection.groups)
+    drafts = parts.advantage.drafts(collection.groups)
+    work = assign(recipe, parts.ranks, parts.layout, collection.order, drafts)
+
+    def penalty(micro: MicroBatch) -> Tensor:
+        kl = kl_estimate(recipe.actor.kl_loss_type, parts.actor.logprobs(micro), reference.logprobs(micro))
+        return parts.kl.coef * kl
+
+    with clock.time("logprobs"):
+        penalties = per_token_home(work, parts.ranks, parts.layout, parts.actor.device, penalty)
+    return parts.advantage(collection.groups, penalties)
+
+
+def update(parts: Parts, work: Assignment, version: int, clock: Clock) -> tuple[Stats, list[float]]:
+    """The optimizer steps of the round; returns statistics over all steps and ranks, and the gradient norms."""
+    actor, reference = parts.actor, parts.reference
+    steps = work.micro_batches(parts.ranks.rank, parts.layout, actor.device)
+    with clock.time("logprobs"):
+        # One step a round: the old policy is the one being differentiated, so no pass is made for it.
+        old = [[actor.logprobs(m) for m in micros] for micros in steps] if len(steps) > 1 else None
+        ref = [[reference.logprobs(m) for m in micros] for micros in steps] if reference else None
+
+    stats: list[Stats] = []
+    norms: list[float] = []
+    for k, (plan, micros) in enumerate(zip(work.plan, steps, strict=True)):
+        with clock.time("update"):
+            for j, micro in enumerate(micros):
+                logprobs, entropy = actor.forward(micro)
+                share, numbers = parts.objective(
+                    logprobs,
+                    entropy,
+                    micro,
+                    plan.totals,
+                    version=version,
+                    old_logprobs=old[k][j] if old else None,
+                    ref_logprobs=ref[k][j] if ref else None,
+                    kl_coef=parts.kl.coef,
+                )
+                actor.backward(share)
+                stats.append(numbers)
+            norms.append(actor.step())
+        if not norms[-1] < float("inf"):
+            raise FloatingPointError(
+                f"{parts.ranks.where}, optimizer step {k}: the gradient norm is {norms[-1]}; the last checkpoint is "
+                "untouched: lower actor.lr, and look at rollouts/ of this round"
+            )
+    return reduce_stats(reduce(merge, stats), parts.ranks), norms
+
+
+def check_freshness(recipe: Recipe, round_index: int, version: int, gap: float) -> None:
+    """Stops the run when engine and trainer disagree about tokens that the current policy just sampled."""
+    if gap > recipe.sync.max_logprob_gap:
+        raise RuntimeError(
+            f"round {round_index}: log-probabilities of tokens sampled by policy {version} differ by {gap:.3g} nats on "
+            f"average between engine and trainer (sync.max_logprob_gap {recipe.sync.max_logprob_gap}): the engine does "
+            "not hold the published weights, or samples at another temperature, dtype or prompt template"
+        )

@@ -1,0 +1,95 @@
+"""Metrics of a round: mergeable sums, and the names under which they are logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_ds.batching import UpdatePlan
+from grpo_ds.collect import Collection
+from grpo_ds.dist import Ranks
+from grpo_ds.losses import summarise_mismatch
+
+
+def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Merges one rank's statistics with those of all ranks: `*_max` by maximum, all others by sum.
+
+    Every rank must hold the same names. Two small all-reduces.
+    """
+    result: dict[str, Tensor] = {}
+    for is_max in (False, True):
+        names = sorted(n for n in stats if n.endswith("_max") is is_max)
+        if not names:
+            continue
+        flat = torch.cat([stats[n].double().flatten() for n in names])
+        flat = ranks.max(flat, "metrics") if is_max else ranks.sum(flat, "metrics")
+        parts = flat.split([stats[n].numel() for n in names])
+        result |= {n: part.reshape(stats[n].shape) for n, part in zip(names, parts, strict=True)}
+    return result
+
+
+def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
+    """Merged statistics -> what is logged. Sums over tokens become means over the step's tokens.
+
+    `loss` is already the step's loss (shares add up to it).
+    """
+    out = {"loss": float(stats["loss"]), "entropy": float(stats["entropy_sum"]) / max(tokens, 1)}
+    if "kl_sum" in stats:
+        out["kl"] = float(stats["kl_sum"]) / max(tokens, 1)
+    for name, value in stats.items():
+        if name.startswith("policy/") and value.numel() == 1:
+            plain = name.removesuffix("_tokens").removesuffix("_sum")
+            out[plain] = float(value) / max(tokens, 1)
+    fresh = float(stats["fresh_tokens"])
+    out["stale_token_share"] = float(stats["stale_tokens"]) / max(tokens, 1)
+    out["logprob_gap"] = float(stats["fresh_gap_sum"]) / fresh if fresh else 0.0
+    mismatch = {n.removeprefix("mismatch/"): v for n, v in stats.items() if n.startswith("mismatch/")}
+    out |= {f"mismatch/{name}": value for name, value in summarise_mismatch(mismatch).items()}
+    return out
+
+
+def round_metrics(
+    collection: Collection, plan: list[UpdatePlan], stats: dict[str, Tensor], norms: list[float], ranks: Ranks
+) -> dict[str, Any]:
+    """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already.
+
+    `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
+    `loss`, `grad_norm`: means over the round's optimizer steps.
+    """
+    members = [m for group in collection.groups for m in group.members]
+    generated = [m for group in collection.rollouts for m in group.members]
+    greedy = [group.baseline for group in collection.rollouts if group.baseline]
+    rewards = [m.reward for m in members if m.reward is not None]
+    scores = [m.score for m in generated if m.score is not None]
+    lengths = [len(m.rollout.token_ids) for m in generated]
+    cut = [m for m in generated if m.rollout.finish_reason == "length"]
+    baseline_tokens = sum(len(m.rollout.token_ids) for m in greedy)
+    sums = [sum(rewards), len(rewards), sum(scores), len(scores), sum(lengths), len(lengths), len(cut), baseline_tokens]
+    total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
+    reward, rewarded, score, scored, tokens, responses, truncated, extra = total
+    drops = {r: collection.counts.get(r, 0) for r in ("all_right", "all_wrong", "unscorable", "stale")}
+    trained = sum(step.totals.tokens for step in plan)
+    values = summarise(stats, trained)
+    values["loss"] /= len(plan)
+    return {
+        "reward": reward / max(rewarded, 1),
+        "score_all": score / max(scored, 1),
+        "grad_norm": sum(norms) / len(norms),
+        "kept_groups": len(collection.order),
+        "dropped_groups": sum(drops.values()),
+        **{f"dropped/{reason}": count for reason, count in drops.items()},
+        "surplus_groups": collection.counts.get("surplus", 0),
+        "generation_batches": collection.counts.get("batches", 0),
+        "response_tokens/mean": tokens / max(responses, 1),
+        "response_tokens/truncated_share": truncated / max(responses, 1),
+        "tokens_generated": tokens + extra,
+        "baseline_tokens": extra,
+        "responses": responses,
+        "unscored": responses - scored,
+        "tokens_trained": trained,
+        "samples": sum(step.samples for step in plan),
+        "optimizer_steps": len(plan),
+        **values,
+    }

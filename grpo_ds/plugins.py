@@ -1,0 +1,326 @@
+"""Plugins: a dict and a decorator for what the project brings, entry points and paths for what others bring.
+
+A plugin is a class whose keyword options are typed (a frozen dataclass with a docstring under each field is best) and
+whose instances are called by the trainer; or a plain function, whose keyword-only parameters are the options. Four ways
+to name one in a recipe: a built-in's name, an entry point's name, `package.module.Name`, `path/file.py:Name` (relative
+to given folders: the working directory, then the recipe's own). Every mistake is a RecipeError that names the plugin
+and the distribution it came from. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, TypeVar
+
+from grpo_ds.config import RecipeError
+from grpo_ds.plugin_options import Option, check_options, read_options
+
+T = TypeVar("T")
+_FILE_AND_NAME = r"(.+\.py):(\w+)"
+_REGISTRIES: dict[str, Registry] = {}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something a plugin may ask of the trainer by a class attribute."""
+
+    default: bool | int
+    """The value of plugins that do not have the attribute; its type is the attribute's type."""
+    keyword: str | None = None
+    """The keyword argument by which the trainer delivers it; a plugin with the need must accept it."""
+
+
+@dataclass(frozen=True)
+class PluginRow:
+    """One line of the list of plugins."""
+
+    name: str
+    source: str
+    """The distribution it came from: name and version."""
+    module: str
+    """Where it is defined: module:Name."""
+    needs: Mapping[str, bool | int]
+    options: tuple[Option, ...]
+    doc: str = ""
+    """The first paragraph of its docstring, on one line."""
+    problem: str | None = None
+    """Why it cannot be used; None: it can."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    label: str
+    """`estimator 'x' from package 1.0`, the start of every message."""
+    source: str
+    module: str
+    target: Any
+
+
+class Registry:
+    """The plugins of one entry-point group; the package of that name holds the built-in ones."""
+
+    def __init__(
+        self,
+        group: str,
+        kind: str,
+        arguments: tuple[str, ...],
+        *,
+        needs: Mapping[str, Need] = MappingProxyType({}),
+        keywords: tuple[str, ...] = (),
+        check: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        """arguments: what the trainer passes by position; keywords: what it may pass by name, so never an option.
+
+        check: takes (label, what is called) and raises RecipeError, for groups that are called with keywords chosen by
+        the plugin's own signature; functions of such a group have no options.
+        """
+        self.group, self.kind, self.arguments, self.keywords = group, kind, arguments, keywords
+        self._check = check or self._check_signature
+        self._has_options = check is None
+        self._needs = dict(needs)
+        self._builtin: dict[str, Any] = {}
+        _REGISTRIES[group] = self
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: make a class or function known as `name`; ValueError where the name is taken."""
+
+        def add(target: T) -> T:
+            if name in self._builtin:
+                raise ValueError(f"{self.kind} {name!r} is registered already, as {_where(self._builtin[name])}")
+            self._builtin[name] = target
+            return target
+
+        return add
+
+    def names(self) -> list[str]:
+        """All names of built-ins and entry points; nothing is imported."""
+        return sorted({*self._builtin, *(entry.name for entry in self._entry_points())})
+
+    def build(
+        self, name: str, options: Mapping[str, Any] = MappingProxyType({}), bases: Sequence[Path] = (Path(),)
+    ) -> Any:
+        """The callable of plugin `name` with these options; RecipeError says what is wrong with either.
+
+        bases: the folders in which `path/file.py:Name` is looked up, in order.
+        """
+        found = self._find(name, bases)
+        known = self._options(found)
+        check_options(found.label, known, options)
+        if not inspect.isclass(found.target):
+            built: Any = functools.partial(found.target, **options) if self._has_options else found.target
+        else:
+            try:
+                built = found.target(**options)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"{found.label} refuses its options: {_first_line(error)}") from error
+            if not callable(built):
+                raise RecipeError(
+                    f"{found.label} is no {self.kind}: instances of {found.module} cannot be called, give it __call__"
+                )
+        self._check(found.label, built)
+        return built
+
+    def label(self, name: str) -> str:
+        """`estimator 'x' from package 1.0`, for messages about a plugin that was found."""
+        return self._find(name).label
+
+    def options(self, name: str) -> tuple[Option, ...]:
+        """The options plugin `name` takes."""
+        return self._options(self._find(name))
+
+    def needs(self, plugin: Any) -> dict[str, bool | int]:
+        """What a plugin (its name, the class, or a built one) declares to need; defaults for what it does not say."""
+        target = self._find(plugin).target if isinstance(plugin, str) else plugin
+        target = target.func if isinstance(target, functools.partial) else target
+        return {need: getattr(target, need, spec.default) for need, spec in self._needs.items()}
+
+    def rows(self) -> list[PluginRow]:
+        """One row a name; a broken plugin has its message in `problem`."""
+        return [self._row(name) for name in self.names()]
+
+    def _row(self, name: str) -> PluginRow:
+        try:
+            found = self._find(name)
+            options = self._options(found)
+            if not any(option.required for option in options):
+                self.build(name)
+        except RecipeError as error:
+            entries = self._entry_points(name)
+            source = ", ".join(sorted({_distribution(entry) for entry in entries})) or _own_version()
+            return PluginRow(name, source, entries[0].value if entries else "", {}, (), problem=str(error))
+        doc = " ".join((inspect.getdoc(found.target) or "").partition("\n\n")[0].split())
+        return PluginRow(name, found.source, found.module, self.needs(found.target), options, doc)
+
+    def _entry_points(self, name: str | None = None) -> list[importlib.metadata.EntryPoint]:
+        entries = importlib.metadata.entry_points(group=self.group)
+        distinct = {(entry.name, entry.value, _distribution(entry)): entry for entry in entries}
+        return [entry for entry in distinct.values() if name in (None, entry.name)]
+
+    def _find(self, name: str, bases: Sequence[Path] = (Path(),)) -> _Found:
+        entries = self._entry_points(name)
+        if name in self._builtin:
+            target = self._builtin[name]
+            # A distribution may also list a built-in as an entry point; that is the same object, and no clash.
+            entries = [entry for entry in entries if entry.value != _where(target)]
+            if not entries:
+                return _Found(f"{self.kind} {name!r} from {_own_version()}", _own_version(), _where(target), target)
+            entries_text = f"{_own_version()} (built in), " + ", ".join(map(_distribution, entries))
+        else:
+            entries_text = ", ".join(_distribution(entry) for entry in entries)
+        if len(entries) > 1 or name in self._builtin:
+            raise RecipeError(
+                f"{self.kind} {name!r} is offered by {entries_text}: uninstall all but one, or name yours by its path "
+                f"(package.module.Name), here {entries[0].value.replace(':', '.')}"
+            )
+        if entries:
+            module, _, attribute = entries[0].value.partition(":")
+            return self._import(name, _distribution(entries[0]), module, attribute)
+        if re.fullmatch(_FILE_AND_NAME, name):
+            path, _, attribute = located(name, bases).rpartition(":")
+            return self._import(name, f"file {path}", path, attribute)
+        if re.fullmatch(r"\w+(\.\w+)+", name):
+            module, _, attribute = name.rpartition(".")
+            return self._import(name, _owner_of(module), module, attribute)
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        others = sorted({_distribution(entry) for entry in self._entry_points()} - {_own_version()})
+        raise RecipeError(
+            f"no {self.kind} is called {name!r}{f', did you mean {near[0]!r}?' if near else ''} "
+            f"(there are: {', '.join(self.names())}; installed beside the built-in ones: {', '.join(others) or 'none'}; "
+            "or give package.module.Name or path/file.py:Name)"
+        )
+
+    def _import(self, name: str, source: str, module: str, attribute: str) -> _Found:
+        label = f"{self.kind} {name!r} from {source}"
+        try:
+            loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        except RecipeError:
+            raise
+        except (Exception, SystemExit) as error:  # code of others: whatever it raises is reported as one sentence
+            raise RecipeError(
+                f"{label}: importing {module} failed with {type(error).__name__}: {_first_line(error)}{_place(error)}"
+            ) from error
+        target: Any = loaded
+        for part in attribute.split("."):
+            if not hasattr(target, part):
+                near = difflib.get_close_matches(part, dir(target), n=1)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(f"{label}: {module} has no attribute {attribute!r}{hint}")
+            target = getattr(target, part)
+        if not callable(target):
+            raise RecipeError(f"{label}: {module}:{attribute} is a {type(target).__name__}, not a class or a function")
+        return _Found(label, source, f"{module}:{attribute}", target)
+
+    def _options(self, found: _Found) -> tuple[Option, ...]:
+        if not self._has_options and not inspect.isclass(found.target):
+            return ()
+        return read_options(found.label, found.target, reserved=self.keywords)
+
+    def _check_signature(self, label: str, built: Any) -> None:
+        keywords = []
+        target = built.func if isinstance(built, functools.partial) else built
+        for need, spec in self._needs.items():
+            value = getattr(target, need, spec.default)
+            if type(value) is not type(spec.default):
+                raise RecipeError(f"{label}: its need {need} is {value!r}, not a {type(spec.default).__name__}")
+            if value and spec.keyword:
+                keywords.append(spec.keyword)
+        given = ", ".join([*self.arguments, *(f"{keyword}=..." for keyword in keywords)])
+        try:
+            inspect.signature(built).bind(*self.arguments, **dict.fromkeys(keywords))
+        except TypeError as error:
+            raise RecipeError(f"{label} cannot be called with ({given}): {error}") from error
+
+
+def registry(group: str) -> Registry:
+    """The registry of an entry-point group, its built-ins loaded."""
+    if group not in _REGISTRIES:
+        try:
+            importlib.import_module(group)
+        except ModuleNotFoundError as error:
+            raise RecipeError(f"no plugin group is called {group!r} (loaded: {', '.join(_REGISTRIES)})") from error
+    if group not in _REGISTRIES:
+        raise RecipeError(f"package {group!r} has no plugins (loaded: {', '.join(_REGISTRIES)})")
+    return _REGISTRIES[group]
+
+
+def list_plugins(group: str) -> list[PluginRow]:
+    """All plugins of `grpo_ds.estimators`, `grpo_ds.losses`, ...; every entry point is imported to read its options."""
+    return registry(group).rows()
+
+
+def located(name: str, bases: Sequence[Path]) -> str:
+    """`path/file.py:Name` with the path of the first of `bases` that has the file; any other name as it is.
+
+    RecipeError naming every place where the file was looked for.
+    """
+    match = re.fullmatch(_FILE_AND_NAME, name)
+    if not match:
+        return name
+    places = [(base / match[1]).resolve() for base in bases]
+    for place in places:
+        if place.is_file():
+            return f"{place}:{match[2]}"
+    raise RecipeError(f"plugin file {match[1]} does not exist (looked for {', '.join(map(str, places))})")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _place(error: BaseException) -> str:
+    """` (file:line)` of the plugin's code that raised; nothing where the import machinery itself did."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+def _where(target: Any) -> str:
+    return f"{target.__module__}:{target.__qualname__}"
+
+
+def _own_version() -> str:
+    from grpo_ds import __version__
+
+    return f"grpo_ds {__version__}"
+
+
+def _distribution(entry: importlib.metadata.EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def _owner_of(module: str) -> str:
+    owners = importlib.metadata.packages_distributions().get(module.partition(".")[0], [])
+    return (
+        ", ".join(f"{owner} {importlib.metadata.version(owner)}" for owner in sorted(set(owners))) or "the import path"
+    )
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file once; the module's name carries its full path, so two files of one name do not collide."""
+    full = path.resolve()
+    name = f"grpo_ds_plugin_{full.stem}_{sha256(str(full).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up while it is executed
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,64 @@
+"""Groups as JSON lines: carried over in checkpoints, and written out for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    """A JSON-able form from which `group_from_json` makes an equal group."""
+    return asdict(group)
+
+
+def group_from_json(data: dict[str, Any]) -> Group:
+    """The inverse of `group_to_json`."""
+    prompt = Prompt(**{**data["prompt"], "token_ids": tuple(data["prompt"]["token_ids"])})
+    baseline = _scored(data["baseline"]) if data["baseline"] else None
+    return Group(prompt, tuple(_scored(member) for member in data["members"]), baseline)
+
+
+def _scored(data: dict[str, Any]) -> Scored:
+    raw = data["rollout"]
+    rollout = Rollout(
+        token_ids=tuple(raw["token_ids"]),
+        logprobs=tuple(raw["logprobs"]),
+        finish_reason=raw["finish_reason"],
+        spans=tuple(VersionSpan(**span) for span in raw["spans"]),
+        text=raw["text"],
+    )
+    return Scored(rollout, data["score"], data["reward"], data["parts"])
+
+
+def write_groups(path: Path, groups: Iterable[Group]) -> None:
+    """One group a line."""
+    path.write_text("".join(json.dumps(group_to_json(group)) + "\n" for group in groups))
+
+
+def read_groups(path: Path) -> list[Group]:
+    """The groups of `write_groups`."""
+    return [group_from_json(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def readable(group: Group, round_index: int) -> Iterable[dict[str, Any]]:
+    """One flat record a response: what a person or a data frame wants to see of a rollout."""
+    for k, member in enumerate(group.members):
+        yield {
+            "round": round_index,
+            "prompt_index": group.prompt.index,
+            "row": group.prompt.row,
+            "sample": k,
+            "prompt": group.prompt.text,
+            "response": member.rollout.text,
+            "score": member.score,
+            "reward": member.reward,
+            "rewards": member.parts,
+            "finish_reason": member.rollout.finish_reason,
+            "tokens": len(member.rollout.token_ids),
+            "versions": [[s.version, s.start, s.end] for s in member.rollout.spans],
+        }

@@ -1,0 +1,165 @@
+"""`grpo-ds selftest --recipe NAME`: two rounds at learning rate 0 with the run's real parts move nothing.
+
+What it proves before GPU hours are spent: engine and trainer hold the same model (dtype, head, temperature, prompt
+template), a publication leaves the engine exactly where the trainer is, and the same seeds give the same samples.
+With several ranks: `deepspeed --module grpo_ds.selftest --recipe NAME`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo_ds.config import RecipeError
+from grpo_ds.processes import end_with_launcher
+from grpo_ds.recipe import read_recipe
+
+STILL = ("--actor.lr", "0", "--train.rounds", "2", "--algorithm.filter_groups.enable", "false", "--resume", "null")
+"""What the self-test sets over the recipe. Without filter the rounds cost the same whatever the model can do."""
+PROBES = 8
+"""Prompts whose samples are compared; the recipe's rollout.n responses each."""
+TOLERANCE = {"float32": 1e-5}
+"""Largest |Δ log-probability| of an engine whose weights did not change, in nats."""
+TOLERANCE_REDUCED = 5e-2
+"""The same in 16 bits, where kernels round differently from batch to batch."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    what: str
+    found: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN does not pass."""
+        return self.found <= self.limit
+
+
+def selftest(argv: Sequence[str]) -> int:
+    """Runs the test on the options of launch/train.py and prints a table; 0: nothing moved, 1: something did.
+
+    Every rank calls it. Raises RecipeError for a wrong recipe. Nothing is left on disk.
+    """
+    from grpo_ds.train import Run
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    run = Run()
+    with tempfile.TemporaryDirectory(prefix="grpo_ds_selftest_") as folder:
+        try:
+            recipe, bases = read_recipe([*argv, *STILL, "--run.dir", folder])
+            run.build(recipe, bases)
+            checks = _checks(run)
+            mine = sum(not check.passed for check in checks)
+            if run.ranks.is_main or mine:
+                print(table(checks), flush=True)
+            failed = run.ranks.all_gather(mine, "self-test")
+        finally:
+            run.close()
+    run.ranks.close()
+    return int(sum(failed) > 0)
+
+
+def _checks(run: Any) -> list[Check]:
+    """Probes, two rounds, probes again."""
+    from grpo_ds.loop import train
+
+    recipe = run.recipe
+    rounds: list[dict[str, Any]] = []
+    log = _Watched(run.log, rounds)
+    parts = replace(run.parts, log=log, after_round=lambda done, version, metrics: None)
+    # A gap above the limit is a line of the table here, not the end.
+    lenient = replace(recipe, sync=replace(recipe.sync, max_logprob_gap=float("inf")))
+
+    probes, weights = [_sample(run)], _fingerprint(run)
+    for done in range(recipe.train.rounds):
+        train(replace(lenient, train=replace(recipe.train, rounds=done + 1)), parts, done, done)
+        probes.append(_sample(run))
+    changed = sum(a != b for a, b in zip(weights, _fingerprint(run), strict=True))
+    tokens, largest = zip(*(difference(probes[0], later) for later in probes[1:]), strict=True)
+    exact = run.dtype == "float32"
+    checks = [
+        Check("trainer tensors whose bytes changed", changed, 0),
+        Check("engine version - rounds published", run.engine.version() - recipe.train.rounds if run.engine else 0, 0),
+        Check("engine samples, same prompts and seeds: tokens that differ", sum(tokens), 0 if exact else float("inf")),
+        Check("the same: max |Δ log-probability|", max(largest), TOLERANCE.get(run.dtype, TOLERANCE_REDUCED)),
+    ]
+    for metrics in rounds:
+        what = f"round {metrics['round']}: mean |trainer - engine| log-probability"
+        checks.append(Check(what, metrics["logprob_gap"], recipe.sync.max_logprob_gap))
+    return checks
+
+
+class _Watched:
+    """The run's log, whose metrics are kept."""
+
+    def __init__(self, log: Any, rounds: list[dict[str, Any]]) -> None:
+        self.log = log
+        self.rounds = rounds
+
+    def round(self, metrics: dict[str, Any], rollouts: Sequence[Any]) -> None:
+        self.rounds.append(metrics)
+        self.log.round(metrics, rollouts)
+
+
+Probe = list[tuple[tuple[int, ...], tuple[float, ...]]]
+
+
+def _sample(run: Any) -> Probe:
+    """Tokens and log-probabilities of the probes, sampled as in round 0; empty on ranks that lead no node."""
+    rows = run.sampler(run.prompts.take(0, PROBES) if run.prompts else [], "train", 0)
+    return [(rollout.token_ids, rollout.logprobs) for row in rows for rollout in row]
+
+
+def difference(first: Probe, later: Probe) -> tuple[int, float]:
+    """(tokens from the first differing one on, the largest |Δ log-probability| before it)."""
+    tokens, largest = 0, 0.0
+    for (ids, logprobs), (other_ids, other_logprobs) in zip(first, later, strict=True):
+        same = 0
+        while same < min(len(ids), len(other_ids)) and ids[same] == other_ids[same]:
+            same += 1
+        tokens += max(len(ids), len(other_ids)) - same
+        deltas = [abs(a - b) for a, b in zip(logprobs[:same], other_logprobs[:same], strict=True)]
+        largest = max([largest, *deltas])
+    return tokens, largest
+
+
+def _fingerprint(run: Any) -> list[int]:
+    """CRC-32 of this rank's part of each tensor."""
+    import torch
+
+    from grpo_ds.sync.receive import checksum
+
+    parts = [shard.local(run.ranks.rank).contiguous().cpu() for shard in run.publisher.shards]
+    return [checksum(memoryview(part.view(torch.uint8).numpy())) for part in parts]
+
+
+def table(checks: Sequence[Check]) -> str:
+    """One line a check."""
+    width = max(len(check.what) for check in checks)
+    rows = [f"\n{'':<{width}}  {'found':>9}  {'at most':>9}"]
+    for c in checks:
+        rows.append(f"{c.what:<{width}}  {c.found:>9.2g}  {c.limit:>9.2g}  {'passed' if c.passed else 'FAILED'}")
+    failed = sum(not check.passed for check in checks)
+    rows.append(f"selftest: {failed} of {len(checks)} checks failed" if failed else "selftest: nothing moved")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Exit code 0: passed, 1: failed, 2: wrong recipe."""
+    end_with_launcher()
+    try:
+        return selftest(sys.argv[1:])
+    except RecipeError as error:
+        print(f"grpo-ds: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The weight publication: a versioned transaction between the policy and the engines of every node.
+
+    pause -> begin -> (write bucket | send the one before)* -> finish(version) -> flush cache -> resume
+
+On a node every rank copies its own ZeRO shards to their place in shared memory, without a collective; no rank ever
+holds the model. Across nodes each rank fetches the shards that its peers of the same local rank hold, bucket by
+bucket. The segment has two halves: ranks fill one while the engine reads the other.
+
+With sync.verify the lead sends checksums along, and an engine that reads other bytes than were written refuses them:
+a wrong offset, a mapping of another file, a half overwritten too early.
+
+Bytes, 70B bf16 (140 GB), 64 nodes x 8 ranks: a rank writes 140/8 = 17.5 GB a node into host memory, of which 17.2 GB
+arrive over the network in an all-gather of 64 ranks; the engine of a node reads 140 GB; nothing passes a single rank.
+Extra memory: two buckets a node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import nn
+
+from grpo_ds.config import SyncConfig
+from grpo_ds.dist import Ranks
+from grpo_ds.engine.base import GenerationEngine
+from grpo_ds.shards import list_shards
+from grpo_ds.sync.buckets import Bucket, make_buckets
+from grpo_ds.sync.receive import checksum
+from grpo_ds.sync.segment import Segment
+
+VERIFY_EVERY = 16
+"""With sync.verify sampled, versions between two checksums of the same tensor."""
+
+
+class SyncError(RuntimeError):
+    """A weight publication failed; the message names version, step of the transaction and rank."""
+
+
+class WeightPublisher:
+    """Publishes the policy's weights to this node's engine. Every rank calls `publish`; leads hold the engine."""
+
+    def __init__(self, module: nn.Module, ranks: Ranks, engine: GenerationEngine | None, config: SyncConfig) -> None:
+        self.ranks = ranks
+        self.engine = engine
+        self.config = config
+        self.shards = list_shards(module, ranks.world)
+        self.buckets = make_buckets(self.shards, ranks.world, config.bucket_mb * 2**20)
+        self.half = max(bucket.nbytes for bucket in self.buckets)
+        self.segment = self._share()
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="weight-sender")
+        self.model_bytes = sum(s.numel * s.dtype.itemsize for s in self.shards)
+        self._position = {shard.name: i for i, shard in enumerate(self.shards)}
+        self._verify_s = 0.0
+        self.version = 0
+        """Of the last publication."""
+
+    def _share(self) -> Segment:
+        """The node's lead makes the segment, the others of its node map it."""
+        nbytes = 2 * self.half
+        mine = Segment.create(nbytes) if self.ranks.leads_node else None
+        paths = self.ranks.all_gather([self.ranks.node, mine.path if mine else None], "weight segment")
+        if mine is not None:
+            segment = mine
+        else:
+            path = next(path for node, path in paths if node == self.ranks.node and path)
+            segment = Segment.open(path, nbytes)
+        self.ranks.barrier("weight segment mapped")
+        return segment
+
+    def _write(self, bucket: Bucket, base: int) -> None:
+        """Copies this rank's shards (and, across nodes, those of its column) to their places."""
+        for item in bucket.items:
+            shard = item.shard
+            mine = shard.local(self.ranks.rank)
+            for rank, part in self.ranks.column_shards(mine, shard.length):
+                start = base + item.offset + rank * shard.length * shard.dtype.itemsize
+                self.segment.view(start, part.numel(), shard.dtype).copy_(part)
+
+    def _manifest(self, bucket: Bucket, base: int) -> dict[str, Any]:
+        tensors = [
+            {
+                "name": item.shard.name,
+                "offset": base + item.offset,
+                "dtype": str(item.shard.dtype).removeprefix("torch."),
+                "shape": list(item.shard.shape),
+            }
+            for item in bucket.items
+        ]
+        return {"path": self.segment.path, "nbytes": self.segment.nbytes, "tensors": tensors}
+
+    def _sums(self, version: int, bucket: Bucket, base: int) -> dict[str, int]:
+        """CRC-32 of the whole tensors in the segment that are due in this version."""
+        start = time.monotonic()
+        sums = {}
+        for item in bucket.items:
+            shard = item.shard
+            if verified(self.config.verify, version, self._position[shard.name]):
+                sums[shard.name] = checksum(self.segment.buffer(base + item.offset, shard.numel * shard.dtype.itemsize))
+        self._verify_s += time.monotonic() - start
+        return sums
+
+    def _send(self, engine: GenerationEngine, version: int, bucket: Bucket, base: int) -> None:
+        """Runs beside the ranks' writing of the next bucket."""
+        manifest = self._manifest(bucket, base)
+        engine.update_bucket(manifest | {"sums": self._sums(version, bucket, base)})
+
+    def _agree(self, version: int, what: str, action: Callable[[], object] | None) -> None:
+        """Runs `action` on the leads; all ranks go on together, or all raise with the lead's reason."""
+        reason = None
+        if action is not None:
+            try:
+                action()
+            except Exception as error:  # carried to all ranks below, none may be left waiting
+                reason = f"{type(error).__name__}: {error}"
+        reasons = [r for r in self.ranks.all_gather(reason, f"weight sync {what}") if r]
+        if reasons:
+            raise SyncError(f"publishing policy version {version} failed in step `{what}`: {reasons[0]}")
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Gives every engine the current weights as policy `version`.
+
+        Returns seconds: `pause`, `write` (this rank's copies), `wait` (for the engine and the other ranks between the
+        copies) and `finish` follow each other; `verify` (the lead's checksums) is a part of `wait`, or hidden behind
+        `write`. Raises SyncError on every rank when any engine failed, missed its deadline (sync.timeout_s), read other
+        bytes than were written, or does not report the version afterwards.
+        """
+        engine, clock = self.engine, time.monotonic()
+        seconds = {"pause": 0.0, "write": 0.0, "wait": 0.0, "finish": 0.0}
+        self._verify_s = 0.0
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            now = time.monotonic()
+            seconds[name] += now - clock
+            clock = now
+
+        names = tuple(shard.name for shard in self.shards)
+
+        def begin() -> None:
+            assert engine is not None
+            engine.pause()
+            engine.begin_update(names)
+
+        self._agree(version, "pause", begin if engine else None)
+        lap("pause")
+        sending: Future[None] | None = None
+        for i, bucket in enumerate(self.buckets):
+            base = (i % 2) * self.half
+            self._write(bucket, base)
+            lap("write")
+            # One meeting a bucket: all shards are written, and the engine is done with the half that comes next.
+            self._agree(version, f"bucket {i}", sending.result if sending else None)
+            lap("wait")
+            if engine:
+                sending = self._sender.submit(self._send, engine, version, bucket, base)
+        self._agree(version, "last bucket", sending.result if sending else None)
+        lap("wait")
+
+        def finish() -> None:
+            assert engine is not None
+            engine.finish_update(version)
+            engine.flush_cache()
+            if engine.version() != version:
+                raise SyncError(f"the engine reports version {engine.version()}")
+            engine.resume()
+
+        self._agree(version, "finish", finish if engine else None)
+        lap("finish")
+        self.version = version
+        return seconds | {"verify": self._verify_s}
+
+    def republish(self) -> None:
+        """Publishes once more under the version of the last time, for engines that were restarted since."""
+        self.publish(self.version)
+
+    def close(self) -> None:
+        """Ends the sender thread."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
+
+
+def verified(verify: str, version: int, position: int) -> bool:
+    """Whether the checksum of the model's `position`-th tensor is due in a version.
+
+    sampled: 1 of 16 tensors, another one each time, so that 16 versions cover the model.
+    """
+    return verify == "full" or (verify == "sampled" and (position + version) % VERIFY_EVERY == 0)

@@ -1,0 +1,117 @@
+"""Weight updates inside vLLM's worker processes: registers the weight-transfer backend "grpo_ds" when imported.
+
+vLLM imports this module because of `--worker-extension-cls grpo_ds.sync.receive_vllm.WorkerExtension`, before it makes
+its transfer engine. Only vLLM's processes may import it; neither DeepSpeed nor the rest of grpo_ds is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from grpo_ds.sync.receive import BucketReader, NameLedger
+
+BACKEND = "grpo_ds"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Sent before each update."""
+
+    names: list[str]
+    """Every tensor the update will carry, by Hugging Face name."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A bucket manifest (`grpo_ds.sync.receive`)."""
+
+    path: str
+    nbytes: int
+    tensors: list[dict[str, Any]]
+    sums: dict[str, int] = field(default_factory=dict)
+
+
+class SharedFileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads buckets with vLLM's layerwise reload, as vLLM's own backends do."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reader = BucketReader()
+        self._ledger: NameLedger | None = None
+        self._layers_open = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self._ledger = NameLedger(init_info.names)
+
+    def start_weight_update(self) -> None:
+        if self._layers_open:
+            # The last update failed half-way. Its remains are closed, so that what the layers still hold of it cannot
+            # be counted as part of the new update, which replaces every tensor.
+            finalize_layerwise_reload(self.model, self.model_config)
+        initialize_layerwise_reload(self.model)
+        self._layers_open = True
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
+        self._ledger.check(entry["name"] for entry in update_info.tensors)
+        mapped: set[int] = set()
+
+        def views() -> Iterator[tuple[str, Tensor]]:
+            for name, view in self._reader.tensors(asdict(update_info)):
+                mapped.add(view.untyped_storage().data_ptr())
+                yield name, view.to(self.device)  # on an accelerator this is the transfer itself
+
+        with disable_mtp_completeness_check():
+            self.model.load_weights(views())
+        self._keep_unfinished(mapped)
+        self._ledger.arrived(entry["name"] for entry in update_info.tensors)
+
+    def _keep_unfinished(self, mapped: set[int]) -> None:
+        """Copies what layers still hold of the bucket, whose memory the trainer will overwrite.
+
+        A layer keeps its tensors until its last one arrived, which may be in a later bucket. mapped: addresses of the
+        storages that lie in the bucket.
+        """
+        for module in self.model.modules():
+            for _, call in get_layerwise_info(module).loaded_weights:
+                for key, value in call.arguments.items():
+                    if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in mapped:
+                        call.arguments[key] = value.clone()
+
+    def finish_weight_update(self) -> None:
+        assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
+        # Before anything is closed: after this error the missing tensors can still be sent.
+        self._ledger.require_complete()
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._layers_open = False
+        for module in self.model.modules():
+            # On CPU the head computes with a repacked copy. A tied head is never sent, so its copy is made anew here.
+            if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+                module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        self._reader.close()
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; importing its module is what registers the backend."""
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, SharedFileEngine)

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Set-up, then the tests. Without a suite: ruff, mypy and every test that needs nothing but this machine's CPU.
+#
+#   bash launch/test.sh [--fast] [--slow] [--gpu] [--slurm] [--sglang] [-- arguments for pytest]
+#
+# --slow    also start engines and several ranks; minutes
+# --gpu     needs an NVIDIA GPU
+# --slurm   starts SLURM daemons of its own; root on Debian and Ubuntu gets the packages slurm-wlm and iproute2 installed
+# --sglang  makes the environment .venv-sglang first
+# Several suites may be named. A skipped test counts as failed: a suite that cannot run here is not asked for.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() { echo "test: $*" >&2; exit 2; }
+
+# need PACKAGE COMMAND...: installs Debian's package when a command is missing and this user may, else says what to do.
+need() {
+    local package=$1 missing=() command
+    for command in "${@:2}"; do command -v "$command" >/dev/null || missing+=("$command"); done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "test: apt-get install $package"
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+            die "apt-get could not install $package (try: apt-get update)"
+    else
+        die "missing: ${missing[*]}; on Debian and Ubuntu: apt-get install $package"
+    fi
+}
+
+suites=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --fast|--slow|--gpu|--slurm|--sglang) suites+=("${1#--}") ;;
+        -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --) shift; break ;;
+        *) die "unknown argument '$1'; known are --fast, --slow, --gpu, --slurm and --sglang" ;;
+    esac
+    shift
+done
+[ ${#suites[@]} -gt 0 ] || suites=(fast)
+
+bash launch/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" GRPO_DS_NO_SKIP=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-17179869184}"
+
+marks=''
+for suite in "${suites[@]}"; do
+    mark=$suite
+    case $suite in
+        fast)
+            mark='(not slow and not gpu and not slurm and not sglang)'
+            echo "test: ruff" && ruff check --config .ci/ruff.toml --quiet .
+            ruff format --config .ci/ruff.toml --check --quiet . || die "run: ruff format --config .ci/ruff.toml ."
+            echo "test: mypy" && mypy
+            ;;
+        slow) mark='(slow and not gpu and not slurm and not sglang)' ;;
+        gpu) [ -e /dev/nvidia0 ] || die "--gpu needs an NVIDIA GPU, and there is no /dev/nvidia0" ;;
+        slurm)
+            # Debian's daemons lie outside of most users' PATH.
+            export PATH=$PATH:/usr/sbin:/sbin
+            need slurm-wlm slurmctld slurmd srun sbatch scontrol
+            need iproute2 ip
+            ;;
+        sglang) bash launch/setup.sh --engine sglang ;;
+    esac
+    marks="${marks:+$marks or }$mark"
+done
+
+run_pytest() { python -m pytest -q -m "$marks" "$@"; }
+
+if [ "${suites[*]}" != fast ] || [ $# -gt 0 ]; then
+    echo "test: pytest -m '$marks'"
+    run_pytest tests "$@"
+    exit
+fi
+# Two halves side by side: most of an engine's or a rank's start is one thread importing.
+half=(tests/e2e)
+everything_else() {
+    run_pytest tests "${half[@]/#/--ignore=}" &&
+        # The examples in the docstrings of the pure modules are tests too.
+        python -m pytest -q --doctest-modules grpo_ds/estimators grpo_ds/losses grpo_ds/filters
+}
+echo "test: pytest, in two halves: ${half[*]}, and everything else (its output comes second)"
+log=$(mktemp)
+everything_else >"$log" 2>&1 &
+other=$! code=0
+run_pytest "${half[@]}" || code=$?
+wait "$other" || code=$?
+cat "$log"
+rm -f "$log"
+exit "$code"

@@ -1,0 +1,115 @@
+"""Random faults in a real run: python tests/benchmarks/faults.py [--rounds 30] [--faults 20] [--seed 0]
+
+One rank, two vLLM servers. At random moments a server is killed (SIGKILL) or stopped (SIGSTOP): its API process or the
+process that runs the model. Prints each fault with its time, then checks that the run finished, that every response of
+every group is there once, and that every token has the policy version of its round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.e2e.harness import Launched, read_jsonl, write_project  # noqa: E402
+from tests.engine.test_replicas import OPTIONS, guard_command  # noqa: E402
+
+N = int(str(OPTIONS["rollout.n"]))
+
+
+def families(run: Launched) -> list[list[psutil.Process]]:
+    """The processes of each server that was not broken by an earlier fault, API process first."""
+    guards = [process for process in run.alive() if guard_command(process)]
+    found = [guard.children(recursive=True) for guard in guards]
+    return [family for family in found if family and all(p.status() != psutil.STATUS_STOPPED for p in family)]
+
+
+def break_one(run: Launched, rng: random.Random) -> str:
+    """Breaks one process of one server; says which, or an empty string where none is up."""
+    up = families(run)
+    if not up:
+        return ""
+    family = rng.choice(up)
+    victim = family[0] if rng.random() < 0.5 else rng.choice(family[1:] or family)
+    how = rng.choice(["kill", "suspend"])
+    said = f"{how} of process {victim.pid} ({' '.join(victim.cmdline())[:60]})"
+    getattr(victim, how)()
+    return said
+
+
+def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
+    """Breaks servers until `faults` faults were made or the run ended; returns how many were."""
+    begin, done = time.monotonic(), 0
+    while run.process.poll() is None and done < faults:
+        # Spread over the run: fault k waits for its share of the rounds, then for a random moment.
+        if run.rounds() < done * (rounds - 2) / faults or run.rounds() < 1:
+            time.sleep(0.2)
+            continue
+        time.sleep(rng.uniform(0, 5))
+        try:
+            said = break_one(run, rng)
+        except psutil.NoSuchProcess:
+            continue  # it ended in the meantime
+        if said:
+            done += 1
+            print(f"{time.monotonic() - begin:7.1f} s  round {run.rounds():2d}  fault {done:2d}: {said}", flush=True)
+        else:
+            time.sleep(1)
+    return done
+
+
+def judge(folder: Path, rounds: int) -> list[str]:
+    """What is wrong with the finished run; empty when nothing is."""
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    rows: list[dict[str, Any]] = []
+    for path in sorted((folder / "rollouts").glob("*.jsonl")):
+        rows += read_jsonl(path)
+    seen = Counter((row["prompt_index"], row["sample"]) for row in rows)
+    prompts = {prompt for prompt, _ in seen}
+    wrong = []
+    if [row["round"] for row in metrics] != list(range(rounds)):
+        wrong.append(f"rounds: {[row['round'] for row in metrics]}")
+    if set(seen) != {(prompt, k) for prompt in prompts for k in range(N)} or set(seen.values()) != {1}:
+        wrong.append("a response is missing or there twice")
+    if bad := [row for row in rows if row["versions"] != [[row["round"], 0, row["tokens"]]]]:
+        wrong.append(f"{len(bad)} responses were not made by their round's policy: {bad[0]['versions']}")
+    for name in ("engine/quarantined", "engine/restarts", "engine/redone_requests"):
+        print(f"{name}: {sum(row[name] for row in metrics)}")
+    print(f"responses: {len(rows)}; largest logprob_gap: {max(row['logprob_gap'] for row in metrics):.2g}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    options = OPTIONS | {"train.rounds": args.rounds, "engine.max_restarts": 3 * args.faults}
+    options["engine.start_timeout_s"] = 120  # a server that is stopped while it starts is given up only then
+    with tempfile.TemporaryDirectory() as folder:
+        words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
+        begin = time.monotonic()
+        with Launched(["--recipe", str(write_project(Path(folder))), *words], Path(folder)) as run:
+            made = inject(run, random.Random(args.seed), args.faults, args.rounds)
+            run.wait_for_exit()
+            code = run.ends(60)
+            print("\n".join(line for line in run.screen.splitlines() if "engine replica" in line))
+            print(f"{made} faults, exit code {code}, {time.monotonic() - begin:.0f} s")
+            wrong = judge(run.folder, args.rounds) if code == 0 else [run.screen[-3000:]]
+    print("\n".join(wrong) or "nothing was lost, nothing came twice, every token has its version")
+    return 1 if wrong or made < args.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What the ranks and the tests agree on: tiny models, samples and the list of gradient cases. Data only, no formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from grpo_ds.types import Sample
+
+TEMPERATURE = 0.7
+VOCABULARY = 61
+MAX_RESPONSE_TOKENS = 16
+LOSSES = ("vanilla", "gspo", "cispo", "sapo", "gmpo", "gpg", "reinforce")
+MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+KL_COEF = 0.3
+
+LENGTHS = (24, 23, 14, 17, 13, 24, 15, 22, 20)
+"""No two fit a micro-batch of TIGHT tokens, so 9 samples make 10 micro-batches on 2 ranks and 12 on 4."""
+GROUPS = (0, 0, 0, 1, 1, 1, 2, 2, 3)
+WITHOUT_RESPONSE = 4
+TIGHT = 24
+FEW = 3
+"""With so many samples one of 4 ranks has nothing but an empty micro-batch."""
+
+
+@dataclass(frozen=True)
+class GradientCase:
+    """One gradient of one optimizer step."""
+
+    loss: str = "vanilla"
+    mode: str = "token-mean"
+    kl: bool = False
+    budget: int = TIGHT
+    layout: str = "padded"
+    shuffle: int = 0
+    """Seed of the order of the samples; 0: as they are."""
+    importance: tuple[str, str] = ("token", "truncate")
+    model: str = "untied"
+    few: bool = False
+    config: str = "partitioned"
+    old: bool = True
+    """Old log-probabilities are given; False: the ones being differentiated."""
+    mistake: str = ""
+    """A deliberate error, to see that the comparison notices it: unscaled, local_totals."""
+
+    @property
+    def name(self) -> str:
+        """Test id."""
+        parts = [self.loss, self.mode, "kl" if self.kl else "", str(self.budget), self.layout, self.model, self.config]
+        parts += [f"shuffle{self.shuffle}" if self.shuffle else "", "few" if self.few else "", self.mistake]
+        parts += ["-".join(self.importance), "" if self.old else "on-policy"]
+        return "/".join(p for p in parts if p)
+
+    @property
+    def truth(self) -> tuple[Any, ...]:
+        """Cases with equal truth have the same gradient."""
+        return self.loss, self.mode, self.kl, self.importance, self.model, self.few, self.old
+
+
+def split_cases() -> list[GradientCase]:
+    """Every cut of the same step: micro-batch sizes, layouts, orders of the samples."""
+    cut = product(
+        (TIGHT, 64, 1000), ("padded", "packed"), (("token-mean", False), ("seq-mean-token-mean", True)), (0, 7)
+    )
+    cases = [GradientCase(mode=m, kl=kl, budget=b, layout=y, shuffle=s) for b, y, (m, kl), s in cut]
+    cases += [GradientCase(mode="seq-mean-token-mean", kl=True, few=True, layout=y) for y in ("padded", "packed")]
+    return cases
+
+
+def loss_cases() -> list[GradientCase]:
+    """Every loss x aggregation x KL, every kind of importance weight, tied head, other ZeRO settings."""
+    cases = [GradientCase(loss=n, mode=m, kl=kl) for n, m, kl in product(LOSSES, MODES, (False, True))]
+    kinds = [("off", "truncate"), ("token", "mask"), ("sequence", "truncate"), ("sequence", "mask")]
+    cases += [GradientCase(importance=kind) for kind in kinds]
+    cases += [GradientCase(loss=n, old=False) for n in LOSSES]
+    cases += [GradientCase(model="tied", budget=b) for b in (TIGHT, 1000)]
+    cases += [GradientCase(config="zero3.json", kl=True, budget=b) for b in (TIGHT, 1000)]
+    return cases
+
+
+def rotated_cases(world: int) -> list[GradientCase]:
+    """Every loss x aggregation x KL at every world size, each under another cut: 5 and 12 have no common divisor, so
+    neighbouring combinations never share one, and a combination meets a different cut at each world size."""
+    cuts = list(product((TIGHT, 64, 1000), ("padded", "packed"), (0, 7)))
+    combinations = enumerate(product(LOSSES, MODES, (False, True)))
+    return [
+        GradientCase(loss=n, mode=m, kl=kl, budget=b, layout=y, shuffle=s)
+        for k, (n, m, kl) in combinations
+        for b, y, s in [cuts[(5 * k + 3 * world) % len(cuts)]]
+    ]
+
+
+MISTAKES = [GradientCase(mistake="unscaled"), GradientCase(mistake="local_totals")]
+
+
+def gradient_cases(world: int) -> list[GradientCase]:
+    """The cases run on `world` ranks."""
+    extra = loss_cases() + MISTAKES if world == 2 else []
+    return list(dict.fromkeys(split_cases() + rotated_cases(world) + extra))
+
+
+def make_model(folder: Path, *, tied: bool) -> None:
+    """A Qwen3 of 2 layers whose sizes are odd, so that no shard is even; weights large enough to matter."""
+    torch.manual_seed(11)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=33,
+        intermediate_size=47,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("norm.weight"):
+                param.add_(0.2 * torch.randn_like(param))
+    model.save_pretrained(folder)
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model as plain transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+@torch.no_grad()
+def make_samples(model: Any) -> list[dict[str, Tensor]]:
+    """Sequences with gaps in their response masks; old, rollout and reference log-probs scatter around the model's."""
+    random = torch.Generator().manual_seed(5)
+
+    def noise(scale: float, length: int) -> Tensor:
+        return scale * torch.randn(length, generator=random)
+
+    out = []
+    for i, length in enumerate(LENGTHS):
+        ids = torch.randint(2, VOCABULARY, (length,), generator=random)
+        mask = (torch.arange(length) >= 4 + i % 3) & (torch.rand(length, generator=random) < 0.8)
+        if i == WITHOUT_RESPONSE:
+            mask = torch.zeros(length, dtype=torch.bool)
+        log_p = (model(ids[None], use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
+        own = torch.zeros(length)
+        own[1:] = log_p[:-1].gather(1, ids[1:, None]).squeeze(1).float()
+        old = own + noise(0.3, length)
+        out.append(
+            {
+                "token_ids": ids,
+                "response_mask": mask,
+                "rollout_logprobs": torch.where(mask, old + noise(0.4, length), 0.0),
+                "advantages": torch.where(mask, noise(1.0, length), 0.0),
+                "versions": torch.where(mask, 0, -1),
+                "old": old,
+                "ref": own + noise(0.4, length),
+            }
+        )
+    return out
+
+
+def as_sample(raw: dict[str, Tensor], prompt_index: int) -> Sample:
+    """The project's own type."""
+    return Sample(prompt_index, **{k: v for k, v in raw.items() if k not in ("old", "ref")})
+
+
+def make_inputs(folder: Path) -> None:
+    """Model folders and samples, for ranks to read."""
+    for tied in (False, True):
+        make_model(folder / ("tied" if tied else "untied"), tied=tied)
+    torch.save(make_samples(read_model(folder / "untied", torch.float64)), folder / "samples.pt")
+
+
+def read_samples(folder: Path) -> list[dict[str, Tensor]]:
+    """The samples of `make_inputs`."""
+    raw: list[dict[str, Tensor]] = torch.load(folder / "samples.pt", weights_only=True)
+    return raw

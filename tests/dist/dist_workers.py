@@ -1,0 +1,97 @@
+"""Ranks that use grpo_ds.dist alone; torch starts much faster than DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from grpo_ds.dist import DistError, Ranks
+from tests.dist.harness import meet
+
+SHORT_S = 5.0
+
+
+def payload(sender: int, receiver: int) -> bytes:
+    """Ragged: nothing at all, one byte, or many."""
+    return bytes(range(256)) * (3 * sender) + b"\x00" * receiver if sender != receiver else b""
+
+
+def gathered_value(rank: int) -> Any:
+    """JSON values of unequal length, not only ASCII."""
+    return [None, {"naïve": [1.5, "π" * 1000]}, "x"][rank % 3]
+
+
+def primitives(folder: Path) -> dict[str, Any]:
+    """Every collective once."""
+    meet(folder, "primitives")
+    ranks = Ranks(120.0)
+    ranks.connect("gloo")
+    result = {
+        "gathered": ranks.all_gather(gathered_value(ranks.rank), "test"),
+        "broadcast": ranks.broadcast({"from": ranks.rank, "text": "ü" * 500}, "test"),
+        "exchanged": [p.hex() for p in ranks.exchange([payload(ranks.rank, r) for r in range(ranks.world)], "test")],
+        "empty": [p.hex() for p in ranks.exchange([b""] * ranks.world, "test")],
+        "sum": ranks.sum(torch.tensor([float(ranks.rank), 1e-12], dtype=torch.float64), "test"),
+        "max": ranks.max(torch.tensor([float(-ranks.rank)]), "test"),
+        "columns": [(rank, shard.clone()) for rank, shard in _columns(ranks)],
+        "facts": [ranks.node, ranks.nodes, ranks.leads_node, ranks.is_main],
+    }
+    ranks.barrier("end")
+    ranks.close()
+    return result
+
+
+def _columns(ranks: Ranks) -> list[tuple[int, torch.Tensor]]:
+    """A shard of 3 elements, 2 on the last rank, whose place of 3 is padded."""
+    length = 2 if ranks.rank == ranks.world - 1 else 3
+    return list(ranks.column_shards(torch.full((length,), float(ranks.rank)), 3))
+
+
+def _leave(folder: Path, worker: str, ranks: Ranks, message: str, seconds: float) -> NoReturn:
+    """Ends at once with a result: gloo's threads sometimes abort a process that ends normally after a broken group."""
+    torch.save({"message": message, "seconds": seconds}, folder / f"{worker}-{ranks.world}" / f"{ranks.rank}.pt")
+    os._exit(0)
+
+
+def stalled_peer(folder: Path) -> None:
+    """The last rank is alive but does not come; the others must not wait for ever."""
+    meet(folder, "stalled")
+    ranks = Ranks(SHORT_S)
+    ranks.connect("gloo")
+    ranks.where = "round 7"
+    ranks.all_gather(0, "warm-up")
+    start = time.monotonic()
+    if ranks.rank == ranks.world - 1:
+        meet(folder, "stalled-left", timeout_s=60.0)
+        _leave(folder, "stalled_peer", ranks, "", 0.0)
+    try:
+        ranks.all_gather("hello", "filter verdicts")
+        message = "no error"
+    except DistError as error:
+        message = str(error)
+    seconds = time.monotonic() - start
+    meet(folder, "stalled-left", timeout_s=60.0)
+    _leave(folder, "stalled_peer", ranks, message, seconds)
+
+
+def dead_peer(folder: Path) -> None:
+    """The last rank is gone, as after a crash."""
+    meet(folder, "dead")
+    ranks = Ranks(60.0)
+    ranks.connect("gloo")
+    ranks.where = "round 3"
+    ranks.all_gather(0, "warm-up")
+    if ranks.rank == ranks.world - 1:
+        _leave(folder, "dead_peer", ranks, "", 0.0)
+    start = time.monotonic()
+    try:
+        ranks.broadcast("hello", "run folder")
+        ranks.barrier("weights")
+        message = "no error"
+    except DistError as error:
+        message = str(error)
+    _leave(folder, "dead_peer", ranks, message, time.monotonic() - start)

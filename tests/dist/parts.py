@@ -1,0 +1,128 @@
+"""The trainer's own parts as the workers use them: a policy, a plan, one round of two optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from grpo_ds.actor import backend
+from grpo_ds.actor.ds_json import actor_config, load_ds_json
+from grpo_ds.actor.policy import Policy
+from grpo_ds.batching import SampleSize, UpdatePlan, collate, plan_updates
+from grpo_ds.config import ActorConfig, ImportanceConfig, ModelConfig
+from grpo_ds.dist import Ranks
+from grpo_ds.losses import get_policy_loss
+from grpo_ds.objective import Objective
+from grpo_ds.shards import PREFIX
+from tests.dist import cases
+from tests.dist.cases import GROUPS, KL_COEF, MAX_RESPONSE_TOKENS, TEMPERATURE, GradientCase
+
+Raw = list[dict[str, Tensor]]
+
+STILL = ActorConfig(lr=0.0, grad_clip=0.0)
+"""An optimizer whose step only clears the gradients."""
+MOVING = ActorConfig(
+    lr=0.01, lr_warmup_steps=2, adam_eps=1e-3, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.05, clip_ratio_high=0.28
+)
+"""An optimizer of which every option matters; a large eps keeps rounding noise out of small gradients' updates."""
+
+
+def json_of(name: str) -> dict[str, Any]:
+    """A shipped DeepSpeed file, or a variant of one."""
+    if name == "partitioned":
+        # Under the shipped threshold a model this small would stay whole on every rank.
+        config = load_ds_json("zero3.json", [], "test")
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+    if name.startswith("stage"):
+        return {"zero_optimization": {"stage": int(name.removeprefix("stage")), "overlap_comm": False}}
+    return load_ds_json(name, [], "test")
+
+
+def model_config(path: Path, dtype: str) -> ModelConfig:
+    return ModelConfig(path=str(path), dtype=dtype, attn_implementation="sdpa")  # type: ignore[arg-type]
+
+
+def make_policy(
+    folder: Path, ranks: Ranks, actor: ActorConfig, *, model: str = "untied", config: str = "partitioned",
+    dtype: str = "float32",
+) -> Policy:  # fmt: skip
+    """The trainer's own path from a model folder to a policy."""
+    full = actor_config(json_of(config), dtype=dtype, grad_clip=actor.grad_clip, world=ranks.world)
+    loaded = backend.load_model(model_config(folder / model, dtype), str(folder / model), dtype, full)
+    engine = backend.build_engine(loaded, full, temperature=TEMPERATURE, chunk=5, actor=actor)
+    return Policy(engine, backend.device(ranks), actor, ranks.world)
+
+
+def make_objective(case: GradientCase) -> Objective:
+    known = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
+    options = known if case.loss in ("vanilla", "gspo", "cispo", "gmpo") else {}
+    actor = replace(STILL, loss_agg_mode=case.mode, kl_loss_coef=KL_COEF if case.kl else 0.0)  # type: ignore[arg-type]
+    level, mode = case.importance
+    return Objective(get_policy_loss(case.loss, **options), actor, ImportanceConfig(level=level, mode=mode))  # type: ignore[arg-type]
+
+
+def per_token(raw: Raw, micro: Sequence[int], name: str) -> Tensor:
+    return torch.cat([torch.empty(0), *(raw[i][name][raw[i]["response_mask"]] for i in micro)])
+
+
+def make_plan(
+    raw: Raw, groups: Sequence[int], ranks: Ranks, budget: int, layout: str, per_update: int
+) -> list[UpdatePlan]:
+    sizes = [
+        SampleSize(group, s["token_ids"].numel(), int(s["response_mask"].sum()))
+        for group, s in zip(groups, raw, strict=True)
+    ]
+    return plan_updates(
+        sizes,
+        world=ranks.world,
+        budget=budget,
+        layout=layout,  # type: ignore[arg-type]
+        groups_per_update=per_update,
+        max_response_tokens=MAX_RESPONSE_TOKENS,
+    )
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    """The float32 master weights, whole, on every rank."""
+    named = policy.engine.module.named_parameters()
+    return {name.removeprefix(PREFIX): safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named}
+
+
+def gathered(policy: Policy) -> dict[str, Tensor]:
+    """The parameters as DeepSpeed itself puts them together, in the training dtype."""
+    params = list(policy.engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters([p for _, p in params], modifier_rank=None):
+        return {name.removeprefix(PREFIX): p.detach().cpu().clone() for name, p in params}
+
+
+def run_round(policy: Policy, ranks: Ranks, raw: Raw, losses: list[float] | None = None) -> list[float]:
+    """Two optimizer steps; the old log-probabilities are those at the start."""
+    case = GradientCase(budget=64, kl=True)
+    objective = make_objective(case)
+    plans = make_plan(raw, GROUPS, ranks, case.budget, case.layout, 2)
+    steps = [
+        [collate([cases.as_sample(raw[i], i) for i in micro], "padded") for micro in plan.micro_batches[ranks.rank]]
+        for plan in plans
+    ]
+    old = [[policy.logprobs(batch) for batch in step] for step in steps]
+    norms = []
+    for k, (plan, step) in enumerate(zip(plans, steps, strict=True)):
+        for j, (micro, batch) in enumerate(zip(plan.micro_batches[ranks.rank], step, strict=True)):
+            logprobs, entropy = policy.forward(batch)
+            share, stats = objective(
+                logprobs, entropy, batch, plan.totals, version=0, old_logprobs=old[k][j],
+                ref_logprobs=per_token(raw, micro, "ref"), kl_coef=KL_COEF,
+            )  # fmt: skip
+            policy.backward(share)
+            if losses is not None:
+                losses.append(float(stats["loss"]))
+        norms.append(policy.step())
+    return norms

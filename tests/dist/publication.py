@@ -1,0 +1,125 @@
+"""Publications to an engine that only reads, and exported folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grpo_ds.actor.export import export_model
+from grpo_ds.actor.policy import Policy
+from grpo_ds.config import SyncConfig
+from grpo_ds.dist import Ranks
+from grpo_ds.shards import list_shards
+from grpo_ds.sync.publish import SyncError, WeightPublisher
+from grpo_ds.sync.receive import BucketReader
+from tests.dist import cases
+from tests.dist.parts import MOVING, gathered, make_policy, run_round
+
+
+class Receiver:
+    """A stand-in for an engine: reads the buckets as a real one does and keeps copies."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.reader = BucketReader()
+        self.names: tuple[str, ...] = ()
+        self.tensors: dict[str, Tensor] = {}
+        self.calls: list[str] = []
+        self.held = -1
+        self.fail_at = fail_at
+        self.buckets = 0
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+
+    def begin_update(self, names: Sequence[str]) -> None:
+        self.calls.append("begin")
+        self.names, self.tensors, self.buckets = tuple(names), {}, 0
+
+    def update_bucket(self, bucket: dict[str, Any]) -> None:
+        if self.buckets == self.fail_at:
+            raise RuntimeError("out of memory in the engine")
+        time.sleep(0.01)  # the next bucket is written meanwhile; it must not reach this one's half
+        self.tensors |= {name: view.clone() for name, view in self.reader.tensors(bucket)}
+        self.buckets += 1
+
+    def finish_update(self, version: int) -> None:
+        self.calls.append("finish")
+        self.held = version
+
+    def flush_cache(self) -> None:
+        self.calls.append("flush")
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def version(self) -> int:
+        return self.held
+
+
+def sync(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Publications before and after an optimizer step: what the engine holds, and what the policy holds."""
+    raw = cases.read_samples(folder)
+    variants = [("untied", "partitioned", "float32", 0), ("tied", "partitioned", "float32", 512)]
+    if ranks.world == 2:
+        variants += [("untied", "zero3.json", "bfloat16", 0), ("untied", "stage2", "float32", 0)]
+    results: dict[str, Any] = {}
+    for model, config, dtype, bucket_mb in variants:
+        policy = make_policy(folder, ranks, MOVING, model=model, config=config, dtype=dtype)
+        receiver = Receiver() if ranks.leads_node else None
+        publisher = WeightPublisher(policy.engine.module, ranks, receiver, SyncConfig(bucket_mb=bucket_mb))  # type: ignore[arg-type]
+        publisher.publish(1)
+        first = receiver.tensors if receiver else {}
+        run_round(policy, ranks, raw)
+        publisher.publish(2)
+        publisher.close()
+        held = gathered(policy)
+        results[f"{model}/{config}/{dtype}"] = {
+            "first": first,
+            "second": receiver.tensors if receiver else {},
+            "names": list(receiver.names) if receiver else [],
+            "calls": receiver.calls if receiver else [],
+            "buckets": receiver.buckets if receiver else 0,
+            "held": held,
+        }
+    results["broken engine"] = _broken_engine(policy, ranks)
+    return results
+
+
+def _broken_engine(policy: Policy, ranks: Ranks) -> str:
+    last_node_leads = ranks.leads_node and ranks.node == ranks.nodes - 1
+    receiver = (Receiver(fail_at=1 if last_node_leads else -1)) if ranks.leads_node else None
+    publisher = WeightPublisher(policy.engine.module, ranks, receiver, SyncConfig(bucket_mb=0))  # type: ignore[arg-type]
+    try:
+        publisher.publish(5)
+    except SyncError as error:
+        return str(error)
+    finally:
+        publisher.close()
+    return "no error"
+
+
+class NoTokenizer:
+    """These models have none; export only asks it to save itself."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer-saved").touch()
+
+
+def export(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Hugging Face folders written by all ranks; the weights that DeepSpeed gathers."""
+    raw = cases.read_samples(folder)
+    results: dict[str, Any] = {}
+    for model, dtype, limit in (("untied", "float32", 10**9), ("untied", "bfloat16", 4000), ("tied", "float32", 8000)):
+        if ranks.world != 2 and model != "tied":
+            continue
+        policy = make_policy(folder, ranks, MOVING, model=model, dtype=dtype)
+        run_round(policy, ranks, raw)
+        target = folder / f"export-{ranks.world}-{model}-{dtype}"
+        shards = list_shards(policy.engine.module, ranks.world)
+        export_model(target, shards, policy.engine.module.model.config, NoTokenizer(), ranks, limit)
+        results[target.name] = gathered(policy)
+    return results

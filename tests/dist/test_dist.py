@@ -1,0 +1,83 @@
+"""grpo_ds.dist between real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.dist_workers import SHORT_S, gathered_value, payload
+from tests.dist.harness import launch
+
+# The first test of a world size waits for its launch.
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return launch("tests.dist.dist_workers:primitives", 3, tmp_path_factory.mktemp("primitives"))
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Four ranks as two nodes of two."""
+    return launch("tests.dist.dist_workers:primitives", 4, tmp_path_factory.mktemp("nodes"), local_world=2)
+
+
+def test_all_gather_gives_every_rank_all_values_in_rank_order(three: list[Any]) -> None:
+    assert [rank["gathered"] for rank in three] == 3 * [[gathered_value(r) for r in range(3)]]
+
+
+def test_broadcast_gives_rank_0s_value_to_all(three: list[Any]) -> None:
+    assert [rank["broadcast"] for rank in three] == 3 * [{"from": 0, "text": "ü" * 500}]
+
+
+def test_exchange_moves_ragged_bytes_to_their_receiver(three: list[Any]) -> None:
+    for receiver, rank in enumerate(three):
+        assert rank["exchanged"] == [payload(sender, receiver).hex() for sender in range(3)]
+        assert rank["empty"] == ["", "", ""]
+
+
+def test_sum_and_max_are_in_float64(three: list[Any]) -> None:
+    for rank in three:
+        assert rank["sum"].dtype == torch.float64
+        assert rank["sum"].tolist() == pytest.approx([3.0, 3e-12], rel=1e-12)
+        assert rank["max"].tolist() == [0.0]
+
+
+def test_on_one_node_a_rank_writes_its_own_shard_only(three: list[Any]) -> None:
+    for r, rank in enumerate(three):
+        ((owner, shard),) = rank["columns"]
+        assert (owner, shard.tolist()) == (r, [float(r)] * (2 if r == 2 else 3))
+
+
+def test_across_nodes_a_rank_gets_the_shards_of_its_column(nodes: list[Any]) -> None:
+    assert [rank["facts"] for rank in nodes] == [
+        [0, 2, True, True],
+        [0, 2, False, False],
+        [1, 2, True, False],
+        [1, 2, False, False],
+    ]
+    for r, rank in enumerate(nodes):
+        owners = [owner for owner, _ in rank["columns"]]
+        assert owners == [r % 2, 2 + r % 2]
+        for owner, shard in rank["columns"]:
+            assert shard[:2].tolist() == [float(owner)] * 2
+            assert shard.numel() == 3
+
+
+def test_a_peer_that_does_not_come_is_an_error_that_names_the_operation_within_the_deadline(tmp_path: Path) -> None:
+    first, second = launch("tests.dist.dist_workers:stalled_peer", 2, tmp_path, timeout_s=120)
+    assert second["message"] == ""
+    assert first["message"].startswith("rank 0: all-gather (filter verdicts) failed at round 7: a peer died or missed")
+    assert "5 s (train.collective_timeout_s)" in first["message"]
+    assert SHORT_S * 0.8 <= first["seconds"] < SHORT_S * 4
+
+
+def test_a_peer_that_died_is_an_error_long_before_the_deadline(tmp_path: Path) -> None:
+    first, _ = launch("tests.dist.dist_workers:dead_peer", 2, tmp_path, timeout_s=120)
+    assert "failed at round 3: a peer died or missed" in first["message"]
+    assert first["message"].startswith("rank 0: ")
+    assert first["seconds"] < 30

@@ -1,0 +1,256 @@
+"""What the ranks do. Each worker runs many cases and returns all results; the tests look at one each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from grpo_ds.actor import backend
+from grpo_ds.actor.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from grpo_ds.actor.ds_json import reference_config
+from grpo_ds.actor.policy import Policy, Scorer
+from grpo_ds.batching import UpdatePlan, collate
+from grpo_ds.dist import Ranks
+from grpo_ds.estimators import get_estimator
+from grpo_ds.shards import PREFIX
+from tests.dist import cases
+from tests.dist.cases import GROUPS, KL_COEF, TEMPERATURE, GradientCase
+from tests.dist.parts import (
+    MOVING,
+    STILL,
+    Raw,
+    json_of,
+    make_objective,
+    make_plan,
+    make_policy,
+    model_config,
+    per_token,
+    run_round,
+    weights_of,
+)
+from tests.dist.publication import export, sync
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Everything that one process start can hold."""
+    ranks = Ranks(240.0)
+    backend.connect(ranks)
+    sections: dict[str, Callable[[Path, Ranks], Any]] = {
+        "gradients": gradients,
+        "optimizer": optimizer_steps,
+        "reference": reference,
+        "estimators": estimators,
+        "sync": sync,
+        "export": export,
+        "checkpoint": checkpoint_save,
+    }
+    results: dict[str, Any] = {}
+    seconds = {}
+    for name, section in sections.items():
+        start = time.monotonic()
+        ranks.where = name
+        results[name] = section(folder, ranks)
+        seconds[name] = time.monotonic() - start
+    print(seconds, flush=True)
+    ranks.close()
+    return results
+
+
+# ---- gradients ----
+
+
+def gradients(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """{case: {"gradient": by parameter, on rank 0, "norm": ..., "micro_batches": sizes of [rank][micro-batch]}}."""
+    raw = cases.read_samples(folder)
+    policies: dict[tuple[str, str], Policy] = {}
+    results = {}
+    for case in cases.gradient_cases(ranks.world):
+        key = (case.model, case.config)
+        if key not in policies:
+            policies[key] = make_policy(folder, ranks, STILL, model=case.model, config=case.config)
+        found, norm, plan = _gradient(case, policies[key], ranks, raw)
+        sizes = [[len(micro) for micro in rank] for rank in plan.micro_batches]
+        results[case.name] = {"gradient": found if ranks.is_main else {}, "norm": norm, "micro_batches": sizes}
+    return results
+
+
+def _order(case: GradientCase) -> list[int]:
+    count = cases.FEW if case.few else len(GROUPS)
+    if not case.shuffle:
+        return list(range(count))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(case.shuffle)).tolist()
+
+
+def _gradient(
+    case: GradientCase, policy: Policy, ranks: Ranks, raw: Raw
+) -> tuple[dict[str, Tensor], float, UpdatePlan]:
+    """One optimizer step's gradient by the trainer's parts."""
+    order = _order(case)
+    raw = [raw[i] for i in order]
+    (plan,) = make_plan(raw, [GROUPS[i] for i in order], ranks, case.budget, case.layout, len(GROUPS))
+    objective = make_objective(case)
+    for micro in plan.micro_batches[ranks.rank]:
+        batch = collate([cases.as_sample(raw[i], i) for i in micro], case.layout)  # type: ignore[arg-type]
+        logprobs, entropy = policy.forward(batch)
+        totals = plan.totals
+        if case.mistake == "local_totals":
+            totals = replace(totals, tokens=max(1, logprobs.numel()), sequences=max(1, len(micro)))
+        share, _ = objective(
+            logprobs,
+            entropy,
+            batch,
+            totals,
+            version=0,
+            old_logprobs=per_token(raw, micro, "old") if case.old else None,
+            ref_logprobs=per_token(raw, micro, "ref") if case.kl else None,
+            kl_coef=KL_COEF,
+        )
+        if case.mistake == "unscaled":
+            policy.engine.backward(share, scale_wrt_gas=False)
+        else:
+            policy.backward(share)
+    named = policy.engine.module.named_parameters()
+    found = {name.removeprefix(PREFIX): safe_get_full_grad(p).detach().cpu().clone() for name, p in named}
+    return found, policy.step(), plan
+
+
+def optimizer_steps(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A round of two optimizer steps under each ZeRO stage: gradient norms and final weights."""
+    raw = cases.read_samples(folder)
+    configs = ["partitioned", "stage1", "stage2"] if ranks.world == 2 else ["partitioned"]
+    results = {}
+    for name in configs:
+        policy = make_policy(folder, ranks, MOVING, config=name)
+        norms = run_round(policy, ranks, raw)
+        results[name] = {"norms": norms, "weights": weights_of(policy)}
+    return results
+
+
+# ---- reference ----
+
+
+def reference(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """{(config, layout): {sample: log-probabilities}} of the samples on this rank, under ZeRO-Inference."""
+    raw = cases.read_samples(folder)
+    results = {}
+    for name in ("zero_inference.json", "partitioned", "zero_inference_offload.json"):
+        config = reference_config(json_of(name), dtype="float32", world=ranks.world)
+        model = backend.load_model(
+            model_config(folder / "untied", "float32"), str(folder / "untied"), "float32", config
+        )
+        engine = backend.build_engine(model, config, temperature=TEMPERATURE, chunk=5, actor=None)
+        scorer = Scorer(engine, backend.device(ranks))
+        for layout in ("padded", "packed"):
+            (plan,) = make_plan(raw, GROUPS, ranks, 64, layout, len(GROUPS))
+            found: dict[int, Tensor] = {}
+            for micro in plan.micro_batches[ranks.rank]:
+                batch = collate([cases.as_sample(raw[i], i) for i in micro], layout)
+                values = scorer.logprobs(batch)
+                assert not values.requires_grad
+                parts = values.split([int(raw[i]["response_mask"].sum()) for i in micro]) if micro else ()
+                found |= {i: part.clone() for i, part in zip(micro, parts, strict=True)}
+            results[f"{name}/{layout}"] = found
+    return results
+
+
+# ---- estimators ----
+
+
+def estimator_batch() -> dict[str, Tensor]:
+    """A batch of 5 groups with uneven responses; `rewards` on the last token, `parts` of two reward functions."""
+    random = torch.Generator().manual_seed(3)
+    groups = torch.tensor([4, 4, 4, 7, 7, 2, 2, 2, 2, 9, 9, 11])
+    lengths = torch.randint(1, 8, (len(groups),), generator=random)
+    mask = torch.arange(8) < lengths[:, None]
+    parts = torch.randn(len(groups), 2, generator=random)
+    parts[5] = 0.0
+    rewards = torch.zeros(mask.shape)
+    rewards[torch.arange(len(groups)), lengths - 1] = parts.sum(1)
+    return {"rewards": rewards, "mask": mask, "groups": groups, "parts": parts}
+
+
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "reinforce_plus_plus": {"gamma": 0.9},
+    "reinforce_plus_plus_baseline": {},
+    "gdpo": {"weights": [1.0, 0.5]},
+    "gpg": {},
+}
+
+
+def run_estimator(name: str, batch: dict[str, Tensor], all_reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """(N, T) advantages."""
+    needs: dict[str, Any] = {"function_rewards": batch["parts"]} if name == "gdpo" else {}
+    estimator = get_estimator(name, **ESTIMATORS[name])
+    advantages: Tensor = estimator(batch["rewards"], batch["mask"], batch["groups"], **needs, all_reduce=all_reduce)[0]
+    return advantages
+
+
+def estimators(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """{estimator/split: {"rows": indices of the batch, "advantages": (rows, T)}} of this rank."""
+    batch = estimator_batch()
+    labels = batch["groups"].unique()
+    owner = {
+        "even": torch.arange(len(labels)) % ranks.world,
+        "all_on_the_last": torch.full((len(labels),), ranks.world - 1),
+    }
+    results = {}
+    for name in ESTIMATORS:
+        for split, owners in owner.items():
+            mine = labels[owners == ranks.rank]
+            rows = torch.isin(batch["groups"], mine).nonzero().squeeze(1)
+            part = {key: value[rows] for key, value in batch.items()}
+            advantages = run_estimator(name, part, partial(ranks.sum, what="estimator"))
+            results[f"{name}/{split}"] = {"rows": rows, "advantages": advantages}
+    return results
+
+
+# ---- checkpoints ----
+
+
+def _train(policy: Policy, ranks: Ranks, raw: Raw, rounds: int) -> list[float]:
+    losses: list[float] = []
+    for _ in range(rounds):
+        run_round(policy, ranks, raw, losses)
+    return losses
+
+
+def checkpoint_save(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Three rounds, a checkpoint, two more rounds."""
+    if ranks.world != 2:
+        return {}
+    raw = cases.read_samples(folder)
+    policy = make_policy(folder, ranks, MOVING)
+    _train(policy, ranks, raw, 3)
+    state = TrainerState(3, 3, 96, policy.steps_taken, ranks.world, {}, {})
+    path = save_checkpoint(folder / "run", policy.engine, state, [] if ranks.leads_node else None, ranks, keep=1)
+    at_save = weights_of(policy)
+    return {
+        "path": str(path),
+        "at_save": at_save,
+        "losses": _train(policy, ranks, raw, 2),
+        "weights": weights_of(policy),
+    }
+
+
+def resume(folder: Path) -> dict[str, Any]:
+    """The same two rounds in new processes."""
+    ranks = Ranks(240.0)
+    backend.connect(ranks)
+    raw = cases.read_samples(folder)
+    policy = make_policy(folder, ranks, MOVING)
+    fresh = weights_of(policy)
+    load_checkpoint(folder / "run" / "checkpoints" / "round-000003", policy.engine, ranks)
+    policy.steps_taken = 6
+    loaded = weights_of(policy)
+    losses = _train(policy, ranks, raw, 2)
+    weights = weights_of(policy)
+    ranks.close()
+    return {"fresh": fresh, "loaded": loaded, "losses": losses, "weights": weights}

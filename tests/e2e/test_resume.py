@@ -1,0 +1,110 @@
+"""A run that was killed goes on as if nothing had happened, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.harness import TRAIN_ROWS, Launched, read_jsonl, run
+
+KILLED_AFTER = 2
+
+
+@pytest.fixture(scope="module")
+def resumed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """The same command as `whole_run`: killed with all its ranks after a checkpoint, and started again."""
+    cwd = tmp_path_factory.mktemp("resumed")
+    arguments = ["--recipe", str(recipe), "--resume", "auto"]
+    checkpoint = f"runs/*/checkpoints/round-{KILLED_AFTER:06d}/trainer.json"
+    with Launched(arguments, cwd, "deepspeed") as killed:
+        killed.wait_for("the checkpoint", lambda: list(cwd.glob(checkpoint)), poll_s=0.005)
+        for process in [killed.rank(0), killed.rank(1), *killed.alive()]:
+            process.kill()
+        assert killed.ends() != 0
+        assert killed.rounds() >= KILLED_AFTER
+    assert not list(cwd.glob("runs/*/summary.json")), "it was killed before its end"
+    carried = killed.folder / "checkpoints" / f"round-{KILLED_AFTER:06d}" / "carried-0.jsonl"
+    assert read_jsonl(carried), "surplus groups are carried over the kill"
+    done = run(arguments, cwd, "deepspeed")
+    assert done.process.returncode == 0, done.screen
+    assert f"resumed from {killed.folder}" in done.screen
+    return done
+
+
+def last(launched: Launched, name: str) -> Path:
+    return launched.folder / "checkpoints" / "round-000005" / name
+
+
+def test_every_round_has_the_same_numbers(whole_run: Launched, resumed: Launched) -> None:
+    first, second = (read_jsonl(launched.folder / "metrics.jsonl") for launched in (whole_run, resumed))
+    assert [m["round"] for m in second] == [0, 1, 2, 3, 4]
+    for one, other in zip(first, second, strict=True):
+        measured = {key for key in one if not key.startswith("seconds") and "per_second" not in key}
+        assert {key: one[key] for key in measured} == {key: other[key] for key in measured}
+
+
+def test_every_round_has_the_same_rollouts(whole_run: Launched, resumed: Launched) -> None:
+    first, second = (
+        {file.name: file.read_text() for file in (launched.folder / "rollouts").iterdir()}
+        for launched in (whole_run, resumed)
+    )
+    assert first == second
+
+
+def test_the_weights_and_the_loops_state_are_the_same_at_the_end(whole_run: Launched, resumed: Launched) -> None:
+    weights = "hf/model.safetensors"
+    assert (whole_run.folder / weights).read_bytes() == (resumed.folder / weights).read_bytes()
+    assert last(whole_run, "carried-0.jsonl").read_text() == last(resumed, "carried-0.jsonl").read_text()
+    first, second = (json.loads(last(launched, "trainer.json").read_text()) for launched in (whole_run, resumed))
+    for state in (first, second):
+        del state["totals"]["seconds"]
+    assert first == second
+    assert first["cursor"] > 2 * TRAIN_ROWS, "the prompts' epoch ended on the way, twice"
+
+
+def test_the_summary_counts_the_rounds_before_the_kill(whole_run: Launched, resumed: Launched) -> None:
+    first, second = (json.loads((r.folder / "summary.json").read_text()) for r in (whole_run, resumed))
+    del first["seconds"], second["seconds"]
+    assert first == second
+
+
+def refusal(arguments: list[str], cwd: Path) -> str:
+    done = run(arguments, cwd)
+    assert done.process.returncode == 2, done.screen
+    return done.cause()
+
+
+@pytest.mark.parametrize("changed", ["seed", "data"])
+def test_what_would_silently_be_another_run_is_refused(
+    changed: str, one_rank_run: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    shorter = tmp_path / "train.jsonl"
+    shorter.write_text("".join((recipe.parent / "train.jsonl").read_text().splitlines(keepends=True)[1:]))
+    options = {
+        "seed": (["--train.seed", "1"], r"train\.seed was 0 and is 1 now"),
+        "data": (["--data.train", str(shorter)], r"data\.train \(token ids of all rows\) was '\w+' and is '\w+' now"),
+    }
+    extra, what = options[changed]
+    before = sorted(one_rank_run.folder.rglob("*"))
+    arguments = ["--recipe", str(recipe), "--resume", str(one_rank_run.folder), "--train.rounds", "2", *extra]
+    sentence = rf".*round-000001: {what}: a resumed run keeps it; start a new run to change it"
+    assert re.fullmatch(sentence, refusal(arguments, tmp_path))
+    assert sorted(one_rank_run.folder.rglob("*")) == before, "the refused run's folder is untouched"
+
+
+def test_a_finished_run_has_nothing_to_train(one_rank_run: Launched, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", str(recipe), "--resume", str(one_rank_run.folder), "--train.rounds", "1"]
+    sentence = (
+        r"--resume: .*round-000001 already holds 1 rounds and train\.rounds is 1: raise train\.rounds, or start a "
+    )
+    assert re.fullmatch(sentence + r"new run without --resume", refusal(arguments, tmp_path))
+
+
+def test_a_folder_without_a_checkpoint_is_refused(recipe: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cause = refusal(["--recipe", str(recipe), "--resume", str(empty)], tmp_path)
+    assert cause == f"--resume {empty}: no whole checkpoint under {empty}/checkpoints; name a run's folder"

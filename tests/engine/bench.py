@@ -1,0 +1,97 @@
+"""Tiny models, and an engine beside the transformers model that holds the same weights."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from grpo_ds.config import EngineConfig
+from grpo_ds.engine import make_engine
+from grpo_ds.engine.base import GenerationEngine, RawRollout, Request
+
+VOCAB = 128
+EOS = 1
+MAX_MODEL_LEN = 256
+
+
+def make_model(tied: bool, seed: int = 0) -> Any:
+    """A random Qwen3 of 0.1M parameters; the wide initialisation keeps greedy choices away from ties."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return Qwen3ForCausalLM(config).float().eval()
+
+
+def save_model(model: Any, path: Path) -> str:
+    model.save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t2"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0").save_pretrained(path)
+    return str(path)
+
+
+class Bench:
+    """An engine and the transformers model that holds the same weights."""
+
+    def __init__(self, engine: GenerationEngine, model: Any) -> None:
+        self.engine = engine
+        self.model = model
+
+    @torch.no_grad()
+    def logits(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> torch.Tensor:
+        """(R, V) logits that predict each response token."""
+        ids = torch.tensor([[*prompt, *response]])
+        return self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+
+
+def new_engine(kind: str, model_path: str, folder: Path, **config: Any) -> GenerationEngine:
+    return make_engine(
+        EngineConfig(kind=kind, start_timeout_s=600, **config),
+        model_path=model_path,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        log_dir=folder,
+        device="cpu",
+        seed=0,
+    )
+
+
+def start_bench(kind: str, tied: bool, folder: Path) -> Bench:
+    """The engine is started but perhaps not ready."""
+    model = make_model(tied)
+    engine = new_engine(kind, save_model(model, folder / "model"), folder)
+    engine.start()
+    return Bench(engine, model)
+
+
+def prompt(seed: int, length: int = 40) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.randrange(3, VOCAB) for _ in range(length))
+
+
+def requests(count: int, seed: int = 100) -> list[Request]:
+    return [Request(prompt(i), seed + i, f"p{i}") for i in range(count)]
+
+
+def assert_logprobs_match(bench: Bench, request: Request, rollout: RawRollout, temperature: float) -> None:
+    logits = bench.logits(request.prompt_token_ids, rollout.token_ids)
+    wanted = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(rollout.logprobs), wanted, atol=1e-4, rtol=0)

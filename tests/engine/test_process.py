@@ -1,0 +1,192 @@
+"""No server outlives its owner, and a server that dies or cannot start is an error at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from grpo_ds.config import RecipeError
+from grpo_ds.engine.base import EngineError, SamplingSpec
+from tests.engine.bench import make_model, new_engine, requests, save_model
+
+# A server with a child that ignores SIGTERM and a child in a session of its own.
+FAMILY = """
+import signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+time.sleep(600)
+"""
+OWNER = """
+import subprocess, sys, time
+guard = subprocess.Popen([sys.executable, "-m", "grpo_ds.engine.guard", *sys.argv[1:]], stdin=subprocess.PIPE)
+time.sleep(600)
+"""
+TRAINER = """
+import sys, time
+from pathlib import Path
+from tests.engine.bench import new_engine
+engine = new_engine("vllm", sys.argv[1], Path(sys.argv[2]))
+engine.start()
+time.sleep(600)
+"""
+
+
+def wait_for(what: str, condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.05)
+
+
+def gone(family: list[psutil.Process]) -> bool:
+    return all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in family)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def guarded(log: Path, *command: str) -> subprocess.Popen[bytes]:
+    guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(log), "--", *command]
+    return subprocess.Popen(guard, stdin=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("how", ["close stdin", "SIGTERM", "SIGINT", "server dies"])
+def test_the_guard_ends_the_servers_whole_family(tmp_path: Path, how: str) -> None:
+    with guarded(tmp_path / "log", sys.executable, "-c", FAMILY) as guard:
+        wait_for("three processes", lambda: len(descendants(guard.pid)) == 3, 10)
+        time.sleep(0.3)  # until the stubborn child ignores SIGTERM
+        family = descendants(guard.pid)
+        if how == "close stdin":
+            assert guard.stdin is not None
+            guard.stdin.close()
+        elif how == "server dies":
+            psutil.Process(guard.pid).children()[0].kill()
+        else:
+            guard.send_signal(getattr(signal, how))
+        guard.wait(timeout=10)
+        assert gone(family)
+
+
+def test_the_guard_ends_the_server_when_its_owner_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, "--log", str(tmp_path / "log"), "--", sys.executable, "-c", FAMILY]
+    with subprocess.Popen(command) as owner:
+        wait_for("guard and three processes", lambda: len(descendants(owner.pid)) == 4, 10)
+        family = descendants(owner.pid)
+        owner.kill()
+        wait_for("the end of all", lambda: gone(family), 20)
+
+
+def test_the_guard_hands_on_output_and_exit_code(tmp_path: Path) -> None:
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    with guarded(tmp_path / "log", sys.executable, "-c", code) as guard:
+        assert guard.wait(timeout=10) == 7
+    assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(make_model(tied=True), tmp_path_factory.mktemp("model"))
+
+
+def engine_core_runs(pid: int) -> bool:
+    return any("EngineCore" in " ".join(p.cmdline()) for p in descendants(pid) if p.is_running())
+
+
+@pytest.fixture(scope="module")
+def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    engines: list[Any] = [new_engine("vllm", model_path, tmp_path_factory.mktemp("vllm")) for _ in range(2)]
+    for engine in engines:
+        engine.start()
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothing(two_engines: list[Any]) -> None:
+    engine = two_engines[0]
+    engine.wait_ready()
+    guard = engine._process.pid
+    family = descendants(guard)
+    server = psutil.Process(guard).children()[0]
+    assert len(family) >= 2, "the server runs the model in a process of its own"
+    killed_at: list[float] = []
+
+    def kill() -> None:
+        server.kill()
+        killed_at.append(time.monotonic())
+
+    timer = threading.Timer(1.0, kill)
+    timer.start()
+    with pytest.raises(EngineError, match=r"(?s)p\d+.*vllm_server\.log|server died.*vllm_server\.log"):
+        engine.generate(requests(64), SamplingSpec(n=16, max_tokens=200))
+    assert time.monotonic() - killed_at[0] < 2
+    wait_for("the end of the server's processes", lambda: gone(family), 20)
+    wait_for("the engine counted as dead", lambda: not engine.alive(), 2)
+
+
+def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
+    engine = two_engines[1]
+    wait_for("vLLM's engine process", lambda: engine_core_runs(engine._process.pid), 200)
+    family = descendants(engine._process.pid)
+    os.kill(engine._process.pid, signal.SIGKILL)
+    wait_for("the end of the server's processes", lambda: gone(family), 20)
+
+
+def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRAINER, model_path, str(tmp_path)]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as trainer:
+        wait_for("vLLM's engine process", lambda: engine_core_runs(trainer.pid), 200)
+        family = descendants(trainer.pid)
+        trainer.kill()
+        wait_for("the end of the server's processes", lambda: gone(family), 20)
+
+
+def test_vllms_own_complaint_about_an_option_reaches_the_user(model_path: str, tmp_path: Path) -> None:
+    engine = new_engine("vllm", model_path, tmp_path, args={"no_such_option": 3})
+    engine.start()
+    try:
+        with pytest.raises(EngineError, match=r"(?s)exit code 2.*--no-such-option"):
+            engine.wait_ready()
+    finally:
+        engine.close()
+        engine.close()
+
+
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(RecipeError, match=f"engine.args.port is {port}"):
+            new_engine("vllm", "m", tmp_path, args={"port": port})
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.1:8000", "https://127.0.0.1:8000", "http://127.0.0.1.example.org:1"])
+def test_only_servers_on_loopback_are_joined(tmp_path: Path, url: str) -> None:
+    with pytest.raises(RecipeError, match="only http:// on 127.0.0.1"):
+        new_engine("vllm", "m", tmp_path, urls=[url])
+
+
+def test_a_server_that_never_answers_is_given_up_with_its_address(tmp_path: Path) -> None:
+    engine = new_engine("vllm", "m", tmp_path, urls=["http://127.0.0.1:9"])
+    engine.start()
+    with pytest.raises(EngineError, match=r"http://127.0.0.1:9 did not answer its health check within 0.3 s"):
+        engine.wait_ready(timeout_s=0.3)
+    assert not engine.alive()
+
+
+def test_an_unknown_kind_names_those_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'tgi', which does not exist: choose one of vllm, sglang, hf"):
+        new_engine("tgi", "m", tmp_path)

@@ -1,0 +1,147 @@
+"""Dynamic sampling of one rank: what is generated, kept, carried over, dropped, and when it gives up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from grpo_ds.clock import Clock
+from grpo_ds.collect import Collector, Exhausted
+from grpo_ds.config import (
+    AlgorithmConfig,
+    DataConfig,
+    FilterGroupsConfig,
+    ModelConfig,
+    Recipe,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from grpo_ds.filters import get_filter
+from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
+
+
+class OneRank:
+    """The only rank of the only node."""
+
+    node, nodes = 0, 1
+
+    def all_gather(self, value: Any, what: str) -> list[Any]:
+        return [value]
+
+
+class Endless:
+    def take(self, start: int, count: int) -> list[Prompt]:
+        return [Prompt(i, i, (1,), "p", {}) for i in range(start, start + count)]
+
+
+class World:
+    """Scores by prompt index; remembers what was asked of the engine. `version` is what the engine samples with."""
+
+    def __init__(self, scores: Callable[[int], list[float | None]], **filter_groups: Any) -> None:
+        self.scores = scores
+        self.version = 0
+        self.asked: list[tuple[str, int, list[int]]] = []
+        recipe = Recipe(
+            model=ModelConfig(path="m"),
+            data=DataConfig(train="t"),
+            reward=RewardConfig(functions=["f"]),
+            rollout=RolloutConfig(n=2, prompts_per_batch=filter_groups.pop("batch", 4)),
+            algorithm=AlgorithmConfig(filter_groups=FilterGroupsConfig(**filter_groups)),
+            train=TrainConfig(prompts_per_round=3),
+        )
+        keep = get_filter("dynamic_sampling")
+        self.collector = Collector(recipe, OneRank(), Endless(), keep, self._sample, self._grade)  # type: ignore[arg-type]
+
+    def _sample(self, prompts: list[Prompt], purpose: str, round_index: int) -> list[list[Rollout]]:
+        self.asked.append((purpose, round_index, [p.index for p in prompts]))
+        rollout = Rollout((5,), (-1.0,), "stop", (VersionSpan(self.version, 0, 1),), "")
+        return [[rollout] * 2 for _ in prompts]
+
+    def _grade(self, pairs: list[tuple[Prompt, list[Rollout]]]) -> list[Group]:
+        return [
+            Group(p, tuple(Scored(r, s, s, {"f": s}) for r, s in zip(rollouts, self.scores(p.index), strict=True)))
+            for p, rollouts in pairs
+        ]
+
+    def collect(self, round_index: int = 0, version: int = 0) -> Any:
+        self.version = version
+        return self.collector.collect(round_index, version, Clock())
+
+
+def odd_prompts_differ(index: int) -> list[float | None]:
+    return [0.0, 1.0] if index % 2 else [1.0, 1.0]
+
+
+def test_generation_goes_on_until_the_round_has_its_groups_and_surplus_is_carried() -> None:
+    world = World(odd_prompts_differ)
+    got = world.collect()
+    assert got.order == [1, 3, 5]
+    assert [g.prompt.index for g in got.groups] == [1, 3, 5]
+    assert [asked for _, _, asked in world.asked] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [g.prompt.index for g in world.collector.carried] == [7]
+    assert got.counts == {"kept": 4, "all_right": 4, "batches": 2, "surplus": 1, "stale": 0}
+    assert len(got.rollouts) == 8
+    assert world.collector.cursor == 8
+
+
+def test_carried_groups_come_first_in_the_next_round_and_spare_generation() -> None:
+    world = World(lambda index: [0.0, 1.0], batch=6)
+    assert world.collect().order == [0, 1, 2]
+    second = world.collect(1, version=1)
+    assert second.order == [3, 4, 5]
+    assert len(world.asked) == 1
+    assert second.counts.get("batches", 0) == 0
+    assert {g.version for g in second.groups} == {0}
+
+
+def test_carried_groups_older_than_max_staleness_are_dropped_and_counted() -> None:
+    world = World(lambda index: [0.0, 1.0], batch=6, max_staleness=1)
+    world.collect()
+    third = world.collect(2, version=2)
+    assert third.counts["stale"] == 3
+    assert third.order == [6, 7, 8]
+
+
+def test_exhaustion_is_an_error_that_counts_what_was_seen() -> None:
+    four: list[list[float | None]] = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [None, 1.0]]
+    world = World(lambda index: four[index % 4], max_num_gen_batches=2)
+    with pytest.raises(Exhausted) as error:
+        world.collect(9)
+    assert "round 9: 2 generation batches" in str(error.value)
+    assert "2 of 3 groups whose scores differ (2 kept, 2 all_right, 2 all_wrong, 2 unscorable)" in str(error.value)
+
+
+def test_train_partial_takes_what_there_is_but_not_nothing() -> None:
+    world = World(
+        lambda index: [0.0, 1.0] if index == 1 else [0.0, 0.0], max_num_gen_batches=2, on_exhausted="train_partial"
+    )
+    assert world.collect().order == [1]
+    with pytest.raises(Exhausted, match="0 of 3 groups"):
+        world.collect(1)
+
+
+def test_without_the_filter_equal_scores_are_kept_and_only_unscorable_groups_are_not() -> None:
+    world = World(lambda index: [None, None] if index == 1 else [1.0, 1.0], enable=False)
+    assert world.collect().order == [0, 2, 3]
+
+
+def test_the_filter_can_look_at_one_reward_function() -> None:
+    world = World(odd_prompts_differ, metric_to_filter="f")
+    assert world.collect().order == [1, 3, 5]
+
+
+def test_the_sampler_is_told_the_purpose_and_the_round() -> None:
+    world = World(lambda index: [0.0, 1.0])
+    world.collect(4)
+    assert world.asked == [("train", 4, [0, 1, 2, 3])]
+
+
+def test_without_the_filter_one_scored_response_is_enough() -> None:
+    # A single scored member, as with rollout.n = 1: nothing to compare, but estimators of one response can use it.
+    world = World(lambda index: [1.0, None], enable=False)
+    collection = world.collect()
+    assert collection.order == [0, 1, 2]
+    assert collection.counts["kept"] == 4 and "unscorable" not in collection.counts
