@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState, checkpoints_of, read_state
-from grpo_ds.config import AlgorithmConfig, ModelConfig, Recipe, RecipeError
+from grpo_ds.config import AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
 from grpo_ds.dist import Ranks
 from grpo_ds.engine import make_engine
 from grpo_ds.engine.base import GenerationEngine
@@ -23,6 +23,7 @@ from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
 from grpo_ds.rewards import function_names
 from grpo_ds.runlog import new_run_folder
+from grpo_ds.sync.transport import Transport, choose_transport, urls_of_node
 
 
 def locate_plugins(recipe: Recipe, bases: list[Path]) -> Recipe:
@@ -133,7 +134,18 @@ def make_node_engine(recipe: Recipe, model_path: str, dtype: str, folder: Path, 
     """This node's generation engine, not started."""
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
-    return _engine(recipe, model_path, dtype, logs / f"node-{ranks.node}" if ranks.nodes > 1 else logs)
+    mine = replace(recipe, engine=_engine_config(recipe, ranks))
+    return _engine(mine, model_path, dtype, logs / f"node-{ranks.node}" if ranks.nodes > 1 else logs)
+
+
+def weight_transport(recipe: Recipe, ranks: Ranks) -> Transport:
+    """How weights reach this node's engine; refuses a sync.transport that is impossible there."""
+    return choose_transport(recipe.sync, _engine_config(recipe, ranks), backend.device_kind())
+
+
+def _engine_config(recipe: Recipe, ranks: Ranks) -> EngineConfig:
+    """The engine settings of this node, which drives its own part of engine.urls."""
+    return replace(recipe.engine, urls=urls_of_node(recipe.engine.urls, ranks.node, ranks.nodes))
 
 
 def check_engine(recipe: Recipe, model_path: str) -> None:

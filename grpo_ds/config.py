@@ -121,7 +121,8 @@ class EngineConfig:
     """Python of the environment that holds the engine; null: the trainer's own, for sglang the one beside it that
     `launch/setup.sh --engine sglang` makes."""
     urls: list[str] = field(default_factory=list)
-    """Servers that run already, instead of starting one; loopback only."""
+    """Servers that run already (`python -m grpo_ds.engine.serve`, or `.sglang_serve`), instead of starting one; on
+    another host only with the same GRPO_DS_ENGINE_KEY in the environment of both."""
     args: dict[str, Any] = field(default_factory=dict)
     """Options of the engine under its own names, e.g. {max_num_seqs: 256}."""
     start_timeout_s: float = 300.0
@@ -135,8 +136,14 @@ class EngineConfig:
     stall_timeout_s: float = 60.0
     """Longest silence of a server before it counts as hung (a health check, a step of a weight update), in seconds;
     used with replicas > 1 or max_restarts > 0."""
+    sleep: bool = False
+    """Engine and trainer share GPUs: the engine gives its memory back while the trainer computes."""
+    max_memory_drift_gb: float = 1.0
+    """With engine.sleep: how much less device memory may be free after a phase than after the same phase of the first
+    rounds, in GiB; more ends the run, naming the phase."""
 
     def __post_init__(self) -> None:
+        _require(self.max_memory_drift_gb > 0, "engine.max_memory_drift_gb must be positive")
         _require(self.replicas >= 1, "engine.replicas must be at least 1")
         _require(self.max_restarts >= 0, "engine.max_restarts must not be negative")
         _require(self.stall_timeout_s > 0, "engine.stall_timeout_s must be positive")
@@ -268,14 +275,35 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
+    mode: Literal["drain", "keep", "abort"] = "drain"
+    """What becomes of requests that still run when a round has its groups. drain: the round waits for them; only this
+    is reproducible. keep: they run on beside the trainer, under the new weights after the publication, and become
+    groups of a later round (dropped when their first token is older than filter_groups.max_staleness, so long responses
+    suffer first). abort: they are ended, and their prompts are asked again in the next round. Both need more prompts
+    in flight than a round trains on: rollout.prompts_per_batch above train.prompts_per_round."""
+    transport: Literal["auto", "shared_memory", "ipc", "group"] = "auto"
+    """How weights reach the engine: through memory of this node (shared_memory), GPU memory (ipc, CUDA's handles), or a
+    process group (group: engines elsewhere); auto: what suits the place of the engine, said at the start."""
     bucket_mb: int = 512
     """Size of one of the two transfer buffers, in MiB."""
     timeout_s: float = 600.0
-    """Deadline of one weight update, in seconds."""
+    """Deadline of one weight update once the engine has paused, in seconds."""
     verify: Literal["off", "sampled", "full"] = "sampled"
     """Checksums of what the engines read: none, of each tensor in every 16th version, or of all in every version."""
     max_logprob_gap: float = 1.0
     """Largest mean |trainer - engine| log-probability of freshly sampled tokens before the run is stopped, in nats."""
+    parity_every: int = 50
+    """Rounds between parity gates, which compare both sides on a fixed probe; 0: only the one before the first round."""
+    parity_p99: float | None = None
+    """Largest 99th percentile of |trainer - engine| in the probe, in nats; null: 1e-3 in float32, 0.5 in 16 bits."""
+    parity_max: float | None = None
+    """Largest single |trainer - engine| in the probe, in nats; null: 1e-2 in float32, 5 in 16 bits."""
+
+    def __post_init__(self) -> None:
+        _require(self.parity_every >= 0, "sync.parity_every must not be negative")
+        for name in ("parity_p99", "parity_max"):
+            limit = getattr(self, name)
+            _require(limit is None or limit > 0, f"sync.{name} must be positive (.inf switches it off)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +375,22 @@ class Recipe:
             "rollout.top_p and rollout.top_k must be off while algorithm.importance.level is not off: the engine "
             "normalises over the kept tokens only, so importance weights would be wrong; set "
             "algorithm.importance.level: off, or sample from the full distribution",
+        )
+        mode = self.sync.mode
+        _require(
+            mode == "drain" or self.engine.kind != "hf",
+            f"sync.mode {mode} needs an engine that answers while the trainer works, and engine.kind hf is part of the "
+            "trainer: set sync.mode: drain",
+        )
+        _require(
+            mode != "keep" or self.algorithm.filter_groups.max_staleness > 0,
+            "sync.mode keep carries requests over a publication, and algorithm.filter_groups.max_staleness: 0 would drop "
+            "all of them: raise it, or set sync.mode: abort",
+        )
+        _require(
+            mode != "keep" or not self.engine.sleep,
+            "sync.mode keep needs an engine that works beside the trainer, and engine.sleep takes its memory away: set "
+            "sync.mode: abort",
         )
         _require(
             not self.algorithm.filter_groups.enable or r.n >= 2,

@@ -2,7 +2,7 @@
 
 Control data travels as JSON and samples as safetensors bytes over a gloo group of their own: nothing is unpickled from
 a socket, and DeepSpeed's device collectives never interleave with ours. Every collective has the deadline of its group,
-and its failure names the step, the rank and the operation.
+and its failure names the step, the rank, the operation, and the nodes whose ranks are gone (`grpo_ds.peers`).
 
 Bytes at 64 nodes x 8 ranks, 512 prompts x 16 samples, 22k tokens: the filter's all-gather is ~100 B a group (50 KB in
 all); the all-to-all moves each sample once, ~20 B a token (8192 x 22k x 20 B = 3.6 GB over 512 ranks, 7 MB a rank);
@@ -14,14 +14,18 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from grpo_ds.peers import Peer, describe, listen, silent
 
 
 class DistError(RuntimeError):
@@ -29,7 +33,7 @@ class DistError(RuntimeError):
 
 
 class PeerError(DistError):
-    """A collective failed or missed its deadline; the message names rank, operation and step."""
+    """A collective failed or missed its deadline; the message names rank, operation, step and the peers that are gone."""
 
 
 class Ranks:
@@ -47,6 +51,8 @@ class Ranks:
         self.where = "start-up"
         self._group: Any = None
         self._column: Any = None
+        self._peers: list[Peer] = []
+        self._listener: socket.socket | None = None
 
     @property
     def is_main(self) -> bool:
@@ -93,8 +99,15 @@ class Ranks:
                     "(deepspeed --master_port N, torchrun --master-port N)"
                 ) from None
             raise DistError(f"rank {self.rank} could not join the others at MASTER_PORT {port}: {error}") from error
+        self._meet()
+
+    def _meet(self) -> None:
+        """The ranks learn who and where the others are."""
+        self._listener, mine = listen(self.rank, on_first_node=self.node == 0, one_node=self.nodes == 1)
+        rows = self.all_gather([os.environ.get("GRPO_DS_JOB", ""), asdict(mine)], "peers")
+        self._peers = [Peer(**peer) for _, peer in rows]
         # Two jobs that took the same port at the same moment would train together without a word.
-        jobs = set(self.all_gather(os.environ.get("GRPO_DS_JOB", ""), "jobs"))
+        jobs = {job for job, _ in rows}
         if len(jobs) > 1:
             raise DistError(
                 f"ranks of different jobs ({', '.join(sorted(jobs))}) met at MASTER_PORT {os.environ['MASTER_PORT']}: "
@@ -109,8 +122,13 @@ class Ranks:
             reason = str(error).splitlines()[0][:300]
             raise PeerError(
                 f"rank {self.rank}: {operation} failed at {self.where}: a peer died or missed the deadline of "
-                f"{self.timeout_s:g} s (train.collective_timeout_s): {reason}"
+                f"{self.timeout_s:g} s (train.collective_timeout_s){self.lost_peers()}: {reason}"
             ) from error
+
+    def lost_peers(self) -> str:
+        """Which ranks are gone and where they ran, as the end of a clause; seconds, so asked after a failure only."""
+        lost = silent([peer for peer in self._peers if peer.rank != self.rank])
+        return f"; no answer from {describe(lost)}" if lost else ""
 
     def barrier(self, what: str) -> None:
         """Waits for all ranks."""
@@ -201,5 +219,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leaves the groups."""
+        if self._listener is not None:
+            self._listener.close()
         if dist.is_initialized():
             dist.destroy_process_group()

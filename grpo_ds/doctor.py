@@ -1,4 +1,4 @@
-"""`grpo-ds doctor`: can these nodes train together? Says the first thing that is wrong, and how to put it right.
+"""`grpo-ds doctor`: can these nodes train together? Says what is wrong, the first thing first, and how to put it right.
 
 Start it as a run is started, on the same nodes:
 
@@ -23,7 +23,8 @@ from typing import Any
 
 import psutil
 
-from grpo_ds.config import RecipeError
+from grpo_ds.config import Recipe, RecipeError
+from grpo_ds.peers import node_name
 from grpo_ds.processes import adopt_slurm
 from grpo_ds.runlog import manifest
 
@@ -211,13 +212,11 @@ def _nodes(ranks: Any) -> str:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """One line a check, and the first problem in full."""
+    """One line a check, then the problems in the order in which to mend them."""
     width = max(len(f.check) for f in findings)
     lines = [f"{f.check:<{width}}  {'WRONG' if f.problem else 'ok   '}  {f.found}" for f in findings]
-    wrong = [f for f in findings if f.problem]
-    return "\n".join(
-        [*lines, *([f"doctor: {wrong[0].check}: {wrong[0].problem}"] if wrong else ["doctor: all is well"])]
-    )
+    wrong = [f"doctor: {f.check}: {f.problem}" for f in findings if f.problem]
+    return "\n".join([*lines, *(wrong or ["doctor: all is well"])])
 
 
 # ---- measuring ----
@@ -238,13 +237,19 @@ def examine(args: argparse.Namespace) -> int:
     """Check that the nodes of this launch can train together; exit code 1 if something is wrong."""
     adopt_slurm(os.environ)
     findings = _before(args.timeout)
-    if not any(f.problem for f in findings):
-        findings += _together(args)
-    bad = any(f.problem for f in findings)
+    met = not any(f.problem for f in findings)
+    if met:
+        from grpo_ds.dist import DistError
+
+        try:
+            findings += _together(args)
+        except DistError as error:
+            findings.append(Finding("meeting", "the ranks lost each other", str(error)))
+            met = False
     # Before they have met, every rank speaks for itself.
-    if os.environ.get("RANK", "0") == "0" or (bad and len(findings) <= 3):
-        print(f"[{_node_name()}]\n{table(findings)}", flush=True)
-    return int(bad)
+    if os.environ.get("RANK", "0") == "0" or not met:
+        print(f"[{node_name()}]\n{table(findings)}", flush=True)
+    return int(any(f.problem for f in findings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,10 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"grpo-ds doctor: {error}", file=sys.stderr)
         return 2
-
-
-def _node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _before(timeout_s: float) -> list[Finding]:
@@ -281,8 +282,11 @@ def _together(args: argparse.Namespace) -> list[Finding]:
     """Joins the ranks, gathers their facts and judges them; the same findings on every rank."""
     from grpo_ds.actor import backend
     from grpo_ds.dist import Ranks
+    from grpo_ds.recipe import read_recipe
 
-    ranks = Ranks(args.timeout)
+    recipe = read_recipe(["--recipe", args.recipe]) if args.recipe else None
+    # Ranks without an engine wait for those that start one.
+    ranks = Ranks(args.timeout + (recipe[0].engine.start_timeout_s if recipe else 0.0))
     backend.connect(ranks)
     token = ranks.broadcast(_write_token(Path(args.run_dir)) if ranks.is_main else None, "token")
     sees = _reads(token)
@@ -291,12 +295,12 @@ def _together(args: argparse.Namespace) -> list[Finding]:
         gb_s[f"{name} gloo"] = _rate(ranks, nbytes, lambda n: ranks.all_reduce_seconds(n))
         if backend.device_kind() != "cpu":
             gb_s[f"{name} device"] = _rate(ranks, nbytes, lambda n: ranks.all_reduce_seconds(n, backend.device(ranks)))
-    engine = _start_engine(args, ranks) if args.recipe else ""
+    engine = _start_engine(*recipe, ranks) if recipe and ranks.leads_node else ""
     ranks.barrier("clocks")
     info = manifest(ranks.world, backend.device_kind(), "")
     mine = Facts(
         rank=ranks.rank,
-        node=_node_name(),
+        node=node_name(),
         versions={"python": info["python"], "commit": str(info["git_commit"]), **info["packages"]},
         clock_s=time.time(),
         sees_folder=sees,
@@ -342,17 +346,14 @@ def _rate(ranks: Any, nbytes: int, measure: Callable[[int], float]) -> float:
     return 2 * (ranks.world - 1) / ranks.world * nbytes / max(seconds, 1e-9) / 1e9
 
 
-def _start_engine(args: argparse.Namespace, ranks: Any) -> str:
-    """Starts the recipe's engine on the node's first rank and ends it; returns what went wrong."""
+def _start_engine(recipe: Recipe, bases: list[Path], ranks: Any) -> str:
+    """Starts the recipe's engine and ends it; returns what went wrong, with the last line of the engine's log."""
     import tempfile
 
     from grpo_ds import build
     from grpo_ds.actor import backend
-    from grpo_ds.recipe import read_recipe, resolve_path
+    from grpo_ds.recipe import resolve_path
 
-    recipe, bases = read_recipe(["--recipe", args.recipe])
-    if not ranks.leads_node:
-        return ""
     model = str(resolve_path(recipe.model.path, bases) or recipe.model.path)
     with tempfile.TemporaryDirectory() as folder:
         engine = build.make_node_engine(recipe, model, backend.resolve_dtype(recipe.model), Path(folder), ranks)
@@ -360,7 +361,9 @@ def _start_engine(args: argparse.Namespace, ranks: Any) -> str:
             engine.start()
             engine.wait_ready()
         except Exception as error:  # the reason is carried to rank 0's table
-            return f"{_node_name()}: {type(error).__name__}: {error}"
+            said = str(error).strip().splitlines() or [""]
+            end = f" (its log ends: {said[-1].strip()})" if len(said) > 1 else ""
+            return f"{node_name()}: {type(error).__name__}: {said[0]}{end}"
         finally:
             engine.close()
     return ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from grpo_ds.collect import Grader, Sampler
+from grpo_ds.collect import Grader
 from grpo_ds.config import Recipe
 from grpo_ds.dist import Ranks
 from grpo_ds.engine.base import EngineDown, GenerationEngine, RawRollout, Request, SamplingSpec
@@ -15,6 +16,15 @@ from grpo_ds.engine.pool import EnginePool
 from grpo_ds.engine.replicas import COUNTS
 from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Prompt, Rollout
+
+
+class Sampler(Protocol):
+    """Generates the rollouts of prompts with seeds that depend on (run seed, purpose, round, prompt) only.
+
+    Every rank calls it at the same time, those without an engine with no prompts.
+    """
+
+    def __call__(self, prompts: list[Prompt], purpose: str, round_index: int) -> list[list[Rollout]]: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class EngineSampler:
         done: dict[int, list[Rollout]] = {}
         while True:
             done |= self._ask([p for p in prompts if p.index not in done], purpose, round_index)
-            mine = [isinstance(self.engine, EnginePool) and self.engine.needs_weights(), len(done) < len(prompts)]
+            mine = [self.needs_weights(), len(done) < len(prompts)]
             rows = self.ranks.all_gather(mine, "engine states") if self.republish else [mine]
             if self.republish and any(needs or missing for needs, missing in rows):
                 self.republish()
@@ -61,7 +71,28 @@ class EngineSampler:
         """Responses by prompt index; those of some prompts are missing where the engine broke and is being restarted."""
         if self.engine is None or not prompts:
             return {}
-        requests = {
+        requests = self.requests(prompts, purpose, round_index)
+        asked = list(requests.values())
+        try:
+            rows = self.engine.generate(asked, self.spec(purpose))
+            answers = {request.request_id: row for request, row in zip(asked, rows, strict=True)}
+        except EngineDown as down:
+            if self.republish is None:
+                raise
+            answers = down.finished
+        return {
+            index: [self.rollout(raw) for raw in answers[request.request_id]]
+            for index, request in requests.items()
+            if request.request_id in answers
+        }
+
+    def needs_weights(self) -> bool:
+        """Whether this node's engine waits for a publication."""
+        return isinstance(self.engine, EnginePool) and self.engine.needs_weights()
+
+    def requests(self, prompts: list[Prompt], purpose: str, round_index: int) -> dict[int, Request]:
+        """What the engine is asked, by prompt index."""
+        return {
             p.index: Request(
                 prompt_token_ids=p.token_ids,
                 seed=derive_seed(self.recipe.train.seed, purpose, round_index, p.index),
@@ -69,21 +100,9 @@ class EngineSampler:
             )
             for p in prompts
         }
-        asked = list(requests.values())
-        try:
-            rows = self.engine.generate(asked, self._spec(purpose))
-            answers = {request.request_id: row for request, row in zip(asked, rows, strict=True)}
-        except EngineDown as down:
-            if self.republish is None:
-                raise
-            answers = down.finished
-        return {
-            index: [self._rollout(raw) for raw in answers[request.request_id]]
-            for index, request in requests.items()
-            if request.request_id in answers
-        }
 
-    def _spec(self, purpose: str) -> SamplingSpec:
+    def spec(self, purpose: str) -> SamplingSpec:
+        """How it is asked."""
         r = self.recipe.rollout
         return SamplingSpec(
             n={"train": r.n, "greedy": 1, "heldout": self.recipe.train.heldout_n}[purpose],
@@ -94,7 +113,8 @@ class EngineSampler:
             stop_token_ids=tuple(r.stop_token_ids),
         )
 
-    def _rollout(self, raw: RawRollout) -> Rollout:
+    def rollout(self, raw: RawRollout) -> Rollout:
+        """The response with its text."""
         text = self.decode(list(raw.token_ids))
         return Rollout(raw.token_ids, raw.logprobs, raw.finish_reason, raw.spans, text)
 

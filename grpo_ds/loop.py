@@ -19,6 +19,7 @@ from grpo_ds.balance import Assignment, assign, per_token_home
 from grpo_ds.batching import Layout, MicroBatch
 from grpo_ds.clock import Clock
 from grpo_ds.collect import Collection, Collector
+from grpo_ds.colocation import Colocation
 from grpo_ds.config import Recipe
 from grpo_ds.dist import Ranks
 from grpo_ds.losses import KlController, kl_estimate
@@ -52,6 +53,13 @@ class Publisher(Protocol):
     def publish(self, version: int) -> dict[str, float]: ...
 
 
+class Parity(Protocol):
+    """The gate that compares engine and trainer on a fixed probe."""
+
+    def measure(self, version: int) -> dict[str, float]: ...
+    def require(self) -> None: ...
+
+
 class RoundLog(Protocol):
     """Where a round's numbers and rollouts go."""
 
@@ -70,10 +78,12 @@ class Parts:
     reference: Reference | None
     kl: KlController
     publisher: Publisher
+    parity: Parity
     log: RoundLog
     layout: Layout
     after_round: Callable[[int, int, dict[str, Any]], None]
     """Called on every rank with (rounds finished, version, metrics): checkpoints and evaluations."""
+    colocation: Colocation
     engine_faults: Callable[[], dict[str, int]]
     """Called on every rank: the metrics engine/*, what happened to the engines since the last call."""
 
@@ -86,22 +96,30 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
         torch.manual_seed(derive_seed(recipe.train.seed, "round", round_index, parts.ranks.rank))
 
         collection = parts.collector.collect(round_index, version, clock)
+        parts.colocation.after("generate")
         samples = advantages(recipe, parts, collection, clock)
         work = assign(recipe, parts.ranks, parts.layout, collection.order, samples)
         stats, norms = update(parts, work, version, clock)
+        parts.colocation.after("update")
         version += 1
         with clock.time("sync"):
             phases = parts.publisher.publish(version)
+        parts.colocation.after("sync")
 
         metrics: dict[str, Any] = {"round": round_index, "version": version, "kl_coef": parts.kl.coef}
+        if recipe.sync.parity_every and (round_index + 1) % recipe.sync.parity_every == 0:
+            with clock.time("parity"):
+                metrics |= parts.parity.measure(version)
         metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks)
         metrics |= parts.engine_faults()
+        metrics |= parts.colocation.metrics()
         metrics |= {f"seconds/sync_{phase}": seconds for phase, seconds in phases.items()}
         metrics |= {f"seconds/{phase}": seconds for phase, seconds in clock.seconds.items()}
         metrics["seconds/total"] = clock.total
         parts.kl.update(metrics.get("kl", 0.0), metrics["samples"])
         parts.log.round(metrics, collection.rollouts)
         check_freshness(recipe, round_index, version - 1, metrics["logprob_gap"])
+        parts.parity.require()
         parts.after_round(round_index + 1, version, metrics)
     return version
 

@@ -56,7 +56,10 @@ def round_metrics(
     """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already.
 
     `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
-    `loss`, `grad_norm`: means over the round's optimizer steps.
+    `loss`, `grad_norm`: means over the round's optimizer steps. `version_lag/*`: policy versions that the oldest token of
+    a trained group is behind the engines; `mixed_version_share`: trained responses with tokens of several versions.
+    `groups/in_flight`: prompts still being answered at the round's end; `groups/aborted`: those whose answers were
+    cut off; `groups/asked_again`: those asked once more, after an abort or a resume (see sync.mode).
     """
     members = [m for group in collection.groups for m in group.members]
     generated = [m for group in collection.rollouts for m in group.members]
@@ -66,9 +69,11 @@ def round_metrics(
     lengths = [len(m.rollout.token_ids) for m in generated]
     cut = [m for m in generated if m.rollout.finish_reason == "length"]
     baseline_tokens = sum(len(m.rollout.token_ids) for m in greedy)
+    mixed = sum(len(m.rollout.spans) > 1 for m in members)
     sums = [sum(rewards), len(rewards), sum(scores), len(scores), sum(lengths), len(lengths), len(cut), baseline_tokens]
+    sums += [mixed, len(members)]
     total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
-    reward, rewarded, score, scored, tokens, responses, truncated, extra = total
+    reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses = total
     drops = {r: collection.counts.get(r, 0) for r in ("all_right", "all_wrong", "unscorable", "stale")}
     trained = sum(step.totals.tokens for step in plan)
     values = summarise(stats, trained)
@@ -82,6 +87,10 @@ def round_metrics(
         **{f"dropped/{reason}": count for reason, count in drops.items()},
         "surplus_groups": collection.counts.get("surplus", 0),
         "generation_batches": collection.counts.get("batches", 0),
+        **{f"groups/{name}": collection.counts.get(name, 0) for name in ("in_flight", "aborted", "asked_again")},
+        "version_lag/mean": sum(collection.lags) / max(len(collection.lags), 1),
+        "version_lag/max": max(collection.lags, default=0),
+        "mixed_version_share": mixed / max(trained_responses, 1),
         "response_tokens/mean": tokens / max(responses, 1),
         "response_tokens/truncated_share": truncated / max(responses, 1),
         "tokens_generated": tokens + extra,

@@ -150,8 +150,6 @@ def read_recipe(argv: list[str]) -> tuple[Recipe, list[Path]]:
         namespace: Namespace = parser.parse_args(argv)
         parts = parser.instantiate(namespace)
         recipe = Recipe(**{f.name: parts[f.name] for f in dataclasses.fields(Recipe)})
-    except RecipeError:
-        raise
     except Exception as error:  # jsonargparse wraps what it meets in several types; all of them are the user's input
         cause: BaseException | None = error
         while cause is not None:

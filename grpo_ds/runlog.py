@@ -88,7 +88,10 @@ class RunLog:
             )
 
     def _forget_after(self, first_round: int) -> None:
-        """A resumed run repeats the rounds after its checkpoint; their earlier lines would stand twice."""
+        """A resumed run repeats the rounds after its checkpoint; their earlier lines and rollouts would stand beside."""
+        for file in (self.folder / "rollouts").glob("round-*.jsonl"):
+            if int(file.name.split("-")[1]) >= first_round:
+                file.unlink()
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < first_round]

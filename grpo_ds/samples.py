@@ -36,13 +36,18 @@ class AdvantageStage:
     """Sum over ranks, for estimators that look at the whole batch; every rank must then call, also without groups."""
 
     def trainable(self, group: Group) -> list[Scored]:
-        """The members with a reward (and with what the estimator needs); others stay out of statistics and loss."""
+        """The members with a token, a reward and what the estimator needs; others stay out of statistics and loss.
+
+        Without a token is what an engine that was told to abort had not begun: there is nothing to put a reward on.
+        """
         if self.greedy_baseline and (group.baseline is None or group.baseline.reward is None):
             return []
         usable = [
             m
             for m in group.members
-            if m.reward is not None and not (self.functions and any(m.parts[f] is None for f in self.functions))
+            if m.rollout.token_ids
+            and m.reward is not None
+            and not (self.functions and any(m.parts[f] is None for f in self.functions))
         ]
         return usable if len(usable) >= self.min_group_size else []
 

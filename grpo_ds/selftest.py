@@ -1,8 +1,8 @@
 """`grpo-ds selftest --recipe NAME`: two rounds at learning rate 0 with the run's real parts move nothing.
 
-What it proves before GPU hours are spent: engine and trainer hold the same model (dtype, head, temperature, prompt
-template), a publication leaves the engine exactly where the trainer is, and the same seeds give the same samples.
-With several ranks: `deepspeed --module grpo_ds.selftest --recipe NAME`.
+What it proves before GPU hours are spent: engine and trainer hold the same model (the parity gate, which names the
+cause where they do not), a publication leaves the engine exactly where the trainer is, and the same seeds give the same
+samples. With several ranks: `deepspeed --module grpo_ds.selftest --recipe NAME`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_ds.config import RecipeError
 from grpo_ds.processes import end_with_launcher
 from grpo_ds.recipe import read_recipe
 
-STILL = ("--actor.lr", "0", "--train.rounds", "2", "--algorithm.filter_groups.enable", "false", "--resume", "null")
-"""What the self-test sets over the recipe. Without filter the rounds cost the same whatever the model can do."""
-PROBES = 8
-"""Prompts whose samples are compared; the recipe's rollout.n responses each."""
+if TYPE_CHECKING:
+    from grpo_ds.parity import Answers
+
+STILL = (
+    *("--actor.lr", "0", "--train.rounds", "2", "--algorithm.filter_groups.enable", "false", "--resume", "null"),
+    *("--sync.mode", "drain"),
+)
+"""What the self-test sets over the recipe. Without filter the rounds cost the same whatever the model can do; requests
+that run on would stand between the samples that are compared."""
 TOLERANCE = {"float32": 1e-5}
 """Largest |Δ log-probability| of an engine whose weights did not change, in nats."""
 TOLERANCE_REDUCED = 5e-2
@@ -60,6 +65,8 @@ def selftest(argv: Sequence[str]) -> int:
             if run.ranks.is_main or mine:
                 print(table(checks), flush=True)
             failed = run.ranks.all_gather(mine, "self-test")
+            if not run.parity.probe.gap.within(run.parity.limits):  # the same on every rank, and so is what follows
+                run.log.say(f"{run.parity.report()}. {run.parity.diagnose()}")
         finally:
             run.close()
     run.ranks.close()
@@ -70,19 +77,18 @@ def _checks(run: Any) -> list[Check]:
     """Probes, two rounds, probes again."""
     from grpo_ds.loop import train
 
-    recipe = run.recipe
-    rounds: list[dict[str, Any]] = []
-    log = _Watched(run.log, rounds)
-    parts = replace(run.parts, log=log, after_round=lambda done, version, metrics: None)
+    recipe, gate = run.recipe, run.parity
+    parts = replace(run.parts, parity=_NoGate(), after_round=lambda done, version, metrics: None)
     # A gap above the limit is a line of the table here, not the end.
-    lenient = replace(recipe, sync=replace(recipe.sync, max_logprob_gap=float("inf")))
+    lenient = replace(recipe, sync=replace(recipe.sync, max_logprob_gap=float("inf"), parity_every=0))
 
-    probes, weights = [_sample(run)], _fingerprint(run)
+    weights, gaps, answers = _fingerprint(run), [gate.measure(0)], [gate.probe.answers]
     for done in range(recipe.train.rounds):
         train(replace(lenient, train=replace(recipe.train, rounds=done + 1)), parts, done, done)
-        probes.append(_sample(run))
+        gaps.append(gate.measure(done + 1))
+        answers.append(gate.probe.answers)
     changed = sum(a != b for a, b in zip(weights, _fingerprint(run), strict=True))
-    tokens, largest = zip(*(difference(probes[0], later) for later in probes[1:]), strict=True)
+    tokens, largest = zip(*(difference(answers[0], later) for later in answers[1:]), strict=True)
     exact = run.dtype == "float32"
     checks = [
         Check("trainer tensors whose bytes changed", changed, 0),
@@ -90,37 +96,28 @@ def _checks(run: Any) -> list[Check]:
         Check("engine samples, same prompts and seeds: tokens that differ", sum(tokens), 0 if exact else float("inf")),
         Check("the same: max |Δ log-probability|", max(largest), TOLERANCE.get(run.dtype, TOLERANCE_REDUCED)),
     ]
-    for metrics in rounds:
-        what = f"round {metrics['round']}: mean |trainer - engine| log-probability"
-        checks.append(Check(what, metrics["logprob_gap"], recipe.sync.max_logprob_gap))
+    for version, gap in enumerate(gaps):
+        for name, limit in (("max", gate.limits.max), ("p99", gate.limits.p99)):
+            what = f"version {version}: {name} |trainer - engine| log-probability"
+            checks.append(Check(what, gap[f"parity/{name}"], limit))
     return checks
 
 
-class _Watched:
-    """The run's log, whose metrics are kept."""
+class _NoGate:
+    """In the place of the run's gate while the rounds are run."""
 
-    def __init__(self, log: Any, rounds: list[dict[str, Any]]) -> None:
-        self.log = log
-        self.rounds = rounds
+    def measure(self, version: int) -> dict[str, float]:
+        raise AssertionError("sync.parity_every is 0")
 
-    def round(self, metrics: dict[str, Any], rollouts: Sequence[Any]) -> None:
-        self.rounds.append(metrics)
-        self.log.round(metrics, rollouts)
+    def require(self) -> None:
+        pass
 
 
-Probe = list[tuple[tuple[int, ...], tuple[float, ...]]]
-
-
-def _sample(run: Any) -> Probe:
-    """Tokens and log-probabilities of the probes, sampled as in round 0; empty on ranks that lead no node."""
-    rows = run.sampler(run.prompts.take(0, PROBES) if run.prompts else [], "train", 0)
-    return [(rollout.token_ids, rollout.logprobs) for row in rows for rollout in row]
-
-
-def difference(first: Probe, later: Probe) -> tuple[int, float]:
+def difference(first: Answers, later: Answers) -> tuple[int, float]:
     """(tokens from the first differing one on, the largest |Δ log-probability| before it)."""
     tokens, largest = 0, 0.0
-    for (ids, logprobs), (other_ids, other_logprobs) in zip(first, later, strict=True):
+    for (_, one), (_, other) in zip(first, later, strict=True):
+        ids, logprobs, other_ids, other_logprobs = one.token_ids, one.logprobs, other.token_ids, other.logprobs
         same = 0
         while same < min(len(ids), len(other_ids)) and ids[same] == other_ids[same]:
             same += 1

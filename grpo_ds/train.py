@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         # All ranks read the same recipe, so the first one speaks for them.
         _stop(run, 2, str(error), peer=_rank() != 0)
     except Exception as error:
-        peer = is_peer_failure(error) or (type(error).__name__ == "SyncError" and _rank() != 0)
+        peer = is_peer_failure(error) or (type(error).__name__ in ("SyncError", "ParityError") and _rank() != 0)
         if not peer:
             traceback.print_exc()
         _stop(run, 1, _sentence(run, error, peer), peer=peer)
@@ -60,8 +60,8 @@ def _sentence(run: Run, error: Exception, peer: bool) -> str:
     # A server's log, after a line of dashes, stands in the traceback.
     cause = f"{type(error).__name__}: {' '.join(str(error).partition(chr(10) + '--- ')[0].split())}"
     if peer and type(error) is RuntimeError:  # of a collective inside DeepSpeed
-        where = run.ranks.where if hasattr(run, "ranks") else "start-up"
-        return f"a collective of DeepSpeed failed at {where}: a peer died or missed the deadline: {cause[:300]}"
+        where, lost = (run.ranks.where, run.ranks.lost_peers()) if hasattr(run, "ranks") else ("start-up", "")
+        return f"a collective of DeepSpeed failed at {where}: a peer died or missed the deadline{lost}: {cause[:300]}"
     return cause
 
 
@@ -125,7 +125,7 @@ class Run:
         self.pool.dry_run(self.rows.prompts, self.rows.columns)
 
     def _check_settings(self) -> None:
-        """DeepSpeed's JSON, plugins, tokenizer."""
+        """DeepSpeed's JSON, plugins, tokenizer, engine, the way to it."""
         from grpo_ds import build
         from grpo_ds.actor.ds_json import load_ds_json, reference_config
         from grpo_ds.prompts import PromptStream
@@ -146,6 +146,7 @@ class Run:
                 plain = replace(recipe.data, shuffle=False)
                 held = PromptStream(self.heldout_rows, self.tokenizer, plain, recipe.train.seed)
                 self.heldout = held.take(0, len(held))
+        self.transport = build.weight_transport(recipe, self.ranks)
 
     def _connect(self) -> None:
         """Joins the other ranks, agrees on the run's folder, and starts the engine, which takes longest."""
@@ -175,6 +176,7 @@ class Run:
         self.log.say(f"run folder {self.folder}")
         if self.ranks.leads_node:
             self.log.say(self.prompts.report())
+            self.log.say(f"weights reach the engine by {self.transport.kind}: {self.transport.reason}")
             self.engine = build.make_node_engine(self.recipe, self.model_path, self.dtype, self.folder, self.ranks)
             self.closers.append(self.engine)
             self.engine.start()
@@ -206,17 +208,23 @@ class Run:
             self.reference = Scorer(make(frozen, config, actor=None), device)
 
     def _build_parts(self) -> None:
+        from grpo_ds.actor import backend
         from grpo_ds.collect import Collector
+        from grpo_ds.colocation import Colocation
         from grpo_ds.evaluate import EngineSampler
+        from grpo_ds.inflight import Foreground, InFlight
         from grpo_ds.loop import Parts
         from grpo_ds.losses import KlController
         from grpo_ds.objective import Objective
+        from grpo_ds.parity import ParityGate
         from grpo_ds.rewards import function_names
         from grpo_ds.samples import AdvantageStage
         from grpo_ds.sync.publish import WeightPublisher
 
         recipe, ranks = self.recipe, self.ranks
-        self.publisher = WeightPublisher(self.policy.engine.module, ranks, self.engine, recipe.sync)
+        self.publisher = WeightPublisher(
+            self.policy.engine.module, ranks, self.engine, recipe.sync, self.transport.kind, self.policy.device.type
+        )
         self.closers.append(self.publisher)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         republish = self.publisher.republish if recipe.engine.max_restarts else None
@@ -226,9 +234,27 @@ class Run:
             self.grader = partial(self.pool.score_groups, max_response_tokens=recipe.rollout.max_response_tokens)
         greedy = bool(self.needs["greedy_baseline"])
         functions = tuple(function_names(recipe.reward.functions)) if self.needs["per_function_rewards"] else None
-        self.collector = Collector(
-            recipe, ranks, self.prompts, self.filter, self.sampler, self.grader, greedy_baseline=greedy
+        self.generation = (Foreground if recipe.sync.mode == "drain" else InFlight)(
+            self.sampler, greedy_baseline=greedy
         )
+        # Before the engine, because things are closed in reverse order and its end ends what waits for it.
+        self.closers.insert(self.closers.index(self.log) + 1, self.generation)
+        self.collector = Collector(recipe, ranks, self.prompts, self.filter, self.generation, self.grader)
+        layout: Any = "packed" if recipe.model.attn_implementation.startswith("flash") else "padded"
+        self.parity = ParityGate(
+            recipe,
+            dtype=self.dtype,
+            ranks=ranks,
+            prompts=self.prompts,
+            sampler=self.sampler,
+            policy=self.policy,
+            reference=self.reference,
+            publisher=self.publisher,
+            settle=self.generation.settle,
+            layout=layout,
+            bos=self.tokenizer.bos_token_id,
+        )
+        on_device = backend.device_kind() != "cpu"
         self.kl = KlController(recipe.actor.kl_loss_coef, recipe.actor.kl_target, recipe.actor.kl_horizon)
         self.parts = Parts(
             ranks=ranks,
@@ -246,9 +272,11 @@ class Run:
             reference=self.reference,
             kl=self.kl,
             publisher=self.publisher,
+            parity=self.parity,
             log=self.log,
-            layout="packed" if recipe.model.attn_implementation.startswith("flash") else "padded",
+            layout=layout,
             after_round=self._after_round,
+            colocation=Colocation(recipe.engine, ranks, self.engine, backend.free_device_memory if on_device else None),
             engine_faults=self.sampler.faults,
         )
 
@@ -258,6 +286,7 @@ class Run:
 
         if self.checkpoint:
             self.collector.carried = load_checkpoint(self.checkpoint, self.policy.engine, self.ranks)
+            self.collector.again = self.state.unfinished
             self.log.say(f"resumed from {self.checkpoint}: {self.state.round} rounds done")
         self.collector.cursor = self.state.cursor
         self.policy.steps_taken = self.state.optimizer_steps
@@ -273,10 +302,14 @@ class Run:
         from grpo_ds.loop import train
 
         recipe = self.recipe
+        self.parity.measure(self.state.version)
+        self.log.say(self.parity.report())
+        self.parity.require()
         if "heldout_before" not in self.totals:
             self._evaluate("heldout_before", "before training")
         self.clock = time.monotonic() - self.totals["seconds"]
         version = train(recipe, self.parts, self.state.round, self.state.version)
+        self.generation.abort()
         self._evaluate("heldout_after", f"after {recipe.train.rounds} rounds")
         written = {"rollouts": self.folder / "rollouts", "metrics": self.folder / "metrics.jsonl"}
         written["checkpoint"] = self._save(recipe.train.rounds, version)
@@ -294,6 +327,7 @@ class Run:
     def _evaluate(self, name: str, when: str) -> None:
         from grpo_ds.evaluate import evaluate
 
+        self.generation.settle()  # an evaluation has the engine to itself
         score = evaluate(self.heldout, self.sampler, self.grader, self.ranks)
         if score is not None:
             self.totals[name] = score
@@ -331,6 +365,7 @@ class Run:
             self.ranks.world,
             self.state.must_match,
             dict(self.totals),
+            self.collector.unfinished(),
         )
         carried = self.collector.carried if self.ranks.leads_node else None
         keep = self.recipe.train.keep_checkpoints

@@ -42,6 +42,13 @@ def resolve_dtype(model: ModelConfig) -> str:
     return "float32" if device_kind() == "cpu" else "bfloat16"
 
 
+def free_device_memory() -> int:
+    """Bytes free on this rank's device, after PyTorch gave back the blocks that it keeps for later."""
+    get_accelerator().synchronize()
+    get_accelerator().empty_cache()
+    return int(get_accelerator().available_memory())
+
+
 def connect(ranks: Ranks) -> None:
     """Joins torch.distributed first, then hands the group to DeepSpeed.
 

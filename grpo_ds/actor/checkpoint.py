@@ -1,7 +1,7 @@
 """Checkpoints: everything the loop needs to go on as if it had not stopped.
 
-A checkpoint is DeepSpeed's own (weights, optimizer), `trainer.json` (round, policy version, prompt cursor, what the run
-must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a temporary name and renamed, so a
+A checkpoint is DeepSpeed's own (weights, optimizer), `trainer.json` (round, policy version, prompt cursor, prompts in
+flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a temporary name and renamed, so a
 folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are functions of train.seed and the
 round, and torch is seeded from them at each round.
 
@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class TrainerState:
     """Settings that a resumed run may not change; dotted recipe keys, and the data's fingerprint."""
     totals: dict[str, float]
     """Running sums of the summary: seconds, samples, tokens."""
+    unfinished: list[int] = field(default_factory=list)
+    """Prompts that were being answered, or waited for it: a resumed run asks them first (sync.mode keep, abort)."""
 
 
 def checkpoints_of(run: Path) -> list[Path]:

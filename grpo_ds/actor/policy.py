@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +23,35 @@ class Scorer:
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """(M,) log-probabilities (with gradient when enabled) and (M,) entropies of the response tokens, float32."""
-        result: tuple[Tensor, Tensor] = self.engine(
-            micro.input_ids, micro.position_ids, micro.attention_mask, micro.predictor, micro.targets
-        )
+        result: tuple[Tensor, Tensor] = self.engine(*_inputs(micro))
         return result
 
     @torch.no_grad()
-    def logprobs(self, micro: MicroBatch) -> Tensor:
-        """(M,) log-probabilities without gradient."""
-        return self.forward(micro)[0]
+    def logprobs(self, micro: MicroBatch, autocast: torch.dtype | None = None) -> Tensor:
+        """(M,) log-probabilities without gradient; `autocast` computes in another dtype (for diagnoses)."""
+        if autocast is None:
+            return self.forward(micro)[0]
+        with torch.autocast(self.device.type, dtype=autocast):
+            # Not through the engine, which switches a foreign autocast off.
+            result: Tensor = self.engine.module(*_inputs(micro))[0]
+            return result
+
+    @torch.no_grad()
+    def observe(self, micro: MicroBatch, look: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What `look` makes of the (M, H) hidden states that enter the head and of the whole (V, H) head."""
+        seen: list[Tensor] = []
+        head = self.engine.module.head
+        # DeepSpeed's hooks are older, so they have gathered the head when this one runs.
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(look(inputs[0], head.weight)))
+        try:
+            self.forward(micro)
+        finally:
+            hook.remove()
+        return seen[0]
+
+
+def _inputs(micro: MicroBatch) -> tuple[Tensor | None, ...]:
+    return micro.input_ids, micro.position_ids, micro.attention_mask, micro.predictor, micro.targets
 
 
 class Policy(Scorer):

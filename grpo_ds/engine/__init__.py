@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from grpo_ds.config import EngineConfig
-    from grpo_ds.engine.base import GenerationEngine
+from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.engine.base import EngineSettings, GenerationEngine
+from grpo_ds.engine.devices import replica_settings
 
 KINDS = ("vllm", "sglang", "hf")
 
@@ -28,20 +26,20 @@ def make_engine(
     dtype: "float32" or "bfloat16". max_model_len: longest prompt + response, in tokens. device: "cpu" or "cuda".
     Raises RecipeError for an unknown kind and for settings the engine cannot take.
     """
-    make = partial(
-        _make_one, config, model_path=model_path, dtype=dtype, max_model_len=max_model_len, device=device, seed=seed
-    )
+    if config.sleep and config.kind == "hf":
+        raise RecipeError(
+            "engine.sleep means nothing to engine.kind hf, which lives in the trainer's process: remove it"
+        )
+    settings = EngineSettings(model_path, dtype, max_model_len, log_dir, device, seed)
     if config.replicas == 1 and config.max_restarts == 0:
-        return make(log_dir)
+        return _make_one(config, settings)
     _check_pool(config)
     from grpo_ds.engine.pool import EnginePool
 
-    return EnginePool(lambda k: make(log_dir / f"replica-{k}" if config.replicas > 1 else log_dir), config)
+    return EnginePool(lambda k: _make_one(config, replica_settings(config, settings, k)), config)
 
 
 def _check_pool(config: EngineConfig) -> None:
-    from grpo_ds.config import RecipeError
-
     keys = "engine.replicas and engine.max_restarts"
     if config.kind == "hf":
         raise RecipeError(f"{keys} mean nothing to engine.kind hf, which has no server: remove them")
@@ -53,21 +51,17 @@ def _check_pool(config: EngineConfig) -> None:
         raise RecipeError(f"engine.args.port is one port for engine.replicas {config.replicas} servers: remove it")
 
 
-def _make_one(
-    config: EngineConfig, log_dir: Path, *, model_path: str, dtype: str, max_model_len: int, device: str, seed: int
-) -> GenerationEngine:
+def _make_one(config: EngineConfig, settings: EngineSettings) -> GenerationEngine:
     if config.kind == "vllm":
         from grpo_ds.engine.vllm import VllmEngine
 
-        return VllmEngine(config, model_path, dtype, max_model_len, log_dir, device, seed)
+        return VllmEngine(config, settings)
     if config.kind == "sglang":
         from grpo_ds.engine.sglang import SglangEngine
 
-        return SglangEngine(config, model_path, dtype, max_model_len, log_dir, device, seed)
+        return SglangEngine(config, settings)
     if config.kind == "hf":
         from grpo_ds.engine.hf import HfEngine
 
-        return HfEngine(config, model_path, dtype, max_model_len, device)
-    from grpo_ds.config import RecipeError
-
+        return HfEngine(config, settings.model_path, settings.dtype, settings.max_model_len, settings.device)
     raise RecipeError(f"engine.kind is {config.kind!r}, which does not exist: choose one of {', '.join(KINDS)}")

@@ -8,8 +8,10 @@ engine keeps nothing of the file once `update_bucket` returned, so the trainer m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_ds.types import FinishReason, VersionSpan
@@ -83,6 +85,44 @@ class RawRollout:
     """Which policy version made which tokens; the spans cover [0, R)."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the run tells its engine, beside `EngineConfig`."""
+
+    model_path: str
+    dtype: str
+    """float32 or bfloat16."""
+    max_model_len: int
+    """Longest prompt + response, in tokens."""
+    log_dir: Path
+    device: str
+    """cpu or cuda."""
+    seed: int
+    visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of a server; null: the trainer's own."""
+
+
+OnAnswer = Callable[[Request, list[RawRollout]], None]
+"""Told of an answer; must not raise."""
+
+
+class Channel(Protocol):
+    """The trainer's way to the worker processes of one server that shares no memory with it."""
+
+    def carry(self, bucket: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """The manifest that the server must be sent, inside the block, for its workers to get the bucket's bytes."""
+
+    def close(self) -> None:
+        """Leave the workers."""
+
+
+class Carrier(Protocol):
+    """Opens a channel to any server."""
+
+    def open(self, server: str, workers: int) -> Channel:
+        """A channel to the server at this URL, which has so many worker processes."""
+
+
 class GenerationEngine(Protocol):
     """One node's generation engine. Every method raises EngineError when the engine fails or misses a deadline."""
 
@@ -98,11 +138,31 @@ class GenerationEngine(Protocol):
     def alive(self) -> bool:
         """Whether the engine's process runs (of servers started elsewhere: whether they answer)."""
 
-    def generate(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[RawRollout]]:
-        """Sample spec.n responses for each request; indexed [request][k], in the order of `requests`."""
+    def generate(
+        self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
+    ) -> list[list[RawRollout]]:
+        """Sample spec.n responses for each request; indexed [request][k], in the order of `requests`.
+
+        on_answer: called with each request as soon as it is answered, from any thread. Calls may run side by side and
+        last over weight updates.
+        """
+
+    def abort(self) -> None:
+        """End every request in flight; each is answered at once with the tokens it has, finish reason "abort".
+
+        Returns when they are answered. A response may have no token and then has no version span. Requests made
+        afterwards are served as always.
+        """
+
+    def sleep(self) -> None:
+        """Give back the accelerator's memory until the next weight update; no request may be in flight.
+
+        The update's `pause` takes the weights' memory again, and its `resume` the key/value cache's.
+        """
 
     def pause(self) -> None:
-        """Stop generating; requests in flight wait for `resume` and go on under the new weights."""
+        """Stop generating; requests in flight wait for `resume` and go on under the new weights, as do those made
+        meanwhile."""
 
     def begin_update(self, names: Sequence[str]) -> None:
         """Open a weight update that will carry these tensors (Hugging Face names; a tied output head may be left out).
@@ -111,8 +171,11 @@ class GenerationEngine(Protocol):
         update that failed half-way is repaired by opening and completing the next one.
         """
 
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
-        """Load the tensors of one bucket; `bucket` is the manifest described in `grpo_ds.sync.receive`."""
+    def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
+        """Load the tensors of one bucket; `bucket` is the manifest described in `grpo_ds.sync.receive`.
+
+        carrier: brings the bytes to servers that do not share the trainer's memory; null: they do.
+        """
 
     def finish_update(self, version: int) -> None:
         """Close the update: from here on the weights are policy `version`. Fails while a listed name is missing."""

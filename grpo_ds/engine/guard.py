@@ -1,8 +1,9 @@
-"""Runs a server so that it never outlives its owner: `python -m grpo_ds.engine.guard --log FILE -- CMD ...`.
+"""Runs a server so that it never outlives its owner: `python -m grpo_ds.engine.guard --log FILE [--scratch DIR] -- CMD ...`.
 
 The owner holds the write end of the guard's stdin and never writes. The server's whole process group is ended when
 that pipe closes, when the owner is gone, when the guard gets SIGTERM or SIGINT, and when the server's first process
 dies. If the guard itself is killed, the kernel kills the server (see `die_with_parent`).
+Then the folder for the server's temporary files is removed: what is killed leaves sockets and files behind.
 The guard exits with the server's exit code, or 128 + signal number. Standard library only, Linux only.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,9 +113,14 @@ def run(command: list[str], log_path: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run a server that ends with the process that started it.")
     parser.add_argument("--log", required=True, help="file that gets the server's output, appended")
+    parser.add_argument("--scratch", help="folder that is removed when everything has ended")
     parser.add_argument("command", nargs="+", help="the server's command line, after --")
     args = parser.parse_args()
-    return run(args.command, args.log)
+    try:
+        return run(args.command, args.log)
+    finally:
+        if args.scratch:
+            shutil.rmtree(args.scratch, ignore_errors=True)  # the owner may be removing it too
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.config import EngineConfig, RecipeError
-from grpo_ds.engine.base import EngineError, RawRollout, Request, SamplingSpec, stream_seed
+from grpo_ds.engine.base import Carrier, EngineError, OnAnswer, RawRollout, Request, SamplingSpec, stream_seed
 from grpo_ds.sync.receive import BucketReader, NameLedger
 from grpo_ds.types import VersionSpan
 
@@ -59,11 +59,21 @@ class HfEngine:
 
     # ---- generation ----
 
-    def generate(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[RawRollout]]:
+    def generate(
+        self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
+    ) -> list[list[RawRollout]]:
         self._require_started()
         if not self._usable:
             raise EngineError("the hf engine's last weight update was not finished: its weights are a mixture")
-        return [self._answer(request, spec) for request in requests]
+        rows = []
+        for request in requests:
+            rows.append(self._answer(request, spec))
+            if on_answer:
+                on_answer(request, rows[-1])
+        return rows
+
+    def abort(self) -> None:
+        """Nothing is in flight between calls."""
 
     @torch.no_grad()
     def _answer(self, request: Request, spec: SamplingSpec) -> list[RawRollout]:
@@ -105,6 +115,10 @@ class HfEngine:
 
     # ---- weight updates ----
 
+    def sleep(self) -> None:
+        """Not offered: the model shares the trainer's process."""
+        raise EngineError("engine.sleep means nothing to engine.kind hf")
+
     def pause(self) -> None:
         """Nothing is in flight between calls."""
 
@@ -117,7 +131,7 @@ class HfEngine:
         self._usable = False
 
     @torch.no_grad()
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
+    def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
         if self._ledger is None:
             raise EngineError("update_bucket comes after begin_update")
         known = dict(self._model.named_parameters(remove_duplicate=False))

@@ -13,7 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_ds.config import EngineConfig
-from grpo_ds.engine.base import EngineDown, EngineError, GenerationEngine, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.base import (
+    Carrier,
+    EngineDown,
+    EngineError,
+    GenerationEngine,
+    OnAnswer,
+    RawRollout,
+    Request,
+    SamplingSpec,
+)
 from grpo_ds.engine.replicas import POLL_S, Replica, Replicas, State, background
 from grpo_ds.engine.work import WorkQueue, check_answer
 
@@ -35,8 +44,10 @@ class EnginePool:
         self._replicas.handed_back = self._hand_back
         self._members: list[tuple[Replica, int]] = []
         """Replicas of the last weight update, with their life at its beginning."""
-        self._queue: WorkQueue | None = None
+        self._queues: list[WorkQueue] = []
         self._version = 0
+        self._updates = 0
+        """Weight updates begun."""
 
     def start(self) -> None:
         self._replicas.start()
@@ -64,26 +75,55 @@ class EnginePool:
 
     # ---- generation ----
 
-    def generate(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[RawRollout]]:
-        """As in `GenerationEngine`. Raises EngineDown with what is finished when no replica is in service any more."""
+    def generate(
+        self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
+    ) -> list[list[RawRollout]]:
+        """As in `GenerationEngine`. When no replica is in service any more, a call with on_answer waits for the next
+        weight update, and one without raises EngineDown with what is finished.
+        """
         if not requests:
             return []
-        queue, lock = WorkQueue(requests, spec), self._replicas.lock
+        queue, lock = WorkQueue(requests, spec, on_answer), self._replicas.lock
         with lock:
             self._replicas.raise_fatal()
-            self._queue = queue
-            serving = self._replicas.serving()
-        for replica, life in serving:
-            background(self._probe, replica, life, queue)
-            for _ in range(_slots(len(requests), spec.n, len(serving))):
-                background(self._serve, replica, life, queue)
+            self._queues.append(queue)
+            self._set_to_work(queue)
         try:
             self._wait_for(queue)
         finally:
             with lock:
-                queue.closed, self._queue = True, None
+                queue.closed = True
+                self._queues.remove(queue)
                 self._replicas.work.notify_all()
         return queue.in_order()
+
+    def abort(self) -> None:
+        """As in `GenerationEngine`; a replica that does not obey is taken out of service."""
+        with self._replicas.lock:
+            aborted = list(self._queues)
+            for queue in aborted:
+                queue.abort()
+        deadline = time.monotonic() + 2 * self._config.stall_timeout_s
+        while True:
+            # Again and again: a request may be on its way to its replica.
+            self._each("abort", lambda engine: engine.abort())
+            with self._replicas.lock:
+                self._replicas.changed.notify_all()
+                if self._replicas.changed.wait_for(lambda: all(queue.complete for queue in aborted), POLL_S):
+                    return
+            if time.monotonic() > deadline:
+                raise EngineError(f"aborted requests were not answered within {2 * self._config.stall_timeout_s:g} s")
+
+    def _set_to_work(self, queue: WorkQueue) -> None:
+        """Gives the queue to the replicas in service that do not work on it yet. Under the lock."""
+        serving = self._replicas.serving()
+        for replica, life in serving:
+            if (replica.index, life) in queue.takers:
+                continue
+            queue.takers.add((replica.index, life))
+            background(self._probe, replica, life, queue)
+            for _ in range(_slots(len(queue), queue.spec.n, len(serving))):
+                background(self._serve, replica, life, queue)
 
     def _wait_for(self, queue: WorkQueue) -> None:
         with self._replicas.lock:
@@ -92,27 +132,29 @@ class EnginePool:
                 if self._replicas.closed:
                     raise EngineError("the engine was closed while it generated")
                 self._check_probes()
-                if not self._replicas.serving():
+                if not queue.on_answer and not self._replicas.serving():
                     raise EngineDown("no engine replica is in service; a restart is under way", queue.finished)
                 self._replicas.changed.wait(POLL_S)
 
     def _hand_back(self, replica: Replica, life: int) -> int:
-        return self._queue.hand_back((replica.index, life)) if self._queue else 0
+        return sum(queue.hand_back((replica.index, life)) for queue in self._queues)
 
     def _serve(self, replica: Replica, life: int, queue: WorkQueue) -> None:
         """Answers one request after the other until the call is over or the replica fails."""
         taker, oldest = (replica.index, life), self._version
         while True:
             with self._replicas.lock:
-                while not (over := queue.closed or replica.life != life) and (request := queue.take(taker)) is None:
-                    self._replicas.work.wait()  # others may fail and hand theirs back
+                while not (over := queue.closed or replica.life != life) and (
+                    replica.state is not State.SERVING or (request := queue.take(taker)) is None
+                ):
+                    self._replicas.work.wait()  # for the end of an update, or others that fail and hand theirs back
                 engine = replica.engine
             if over:
                 return
             assert request is not None
             try:
                 (rollouts,) = engine.generate([request], queue.spec)
-                check_answer(request, rollouts, queue.spec, oldest, self._version)
+                check_answer(request, rollouts, queue.spec, oldest, self._version, aborted=queue.aborted)
             except Exception as error:  # whatever it was, this replica cannot be trusted with requests
                 self._replicas.quarantine(replica, life, error)
                 return
@@ -126,16 +168,22 @@ class EnginePool:
         due = time.monotonic() + pause
         while True:
             with self._replicas.lock:
-                while not (over := queue.closed or replica.life != life) and time.monotonic() < due:
+                while not (over := queue.closed or replica.life != life) and (
+                    replica.state is not State.SERVING or time.monotonic() < due
+                ):
                     self._replicas.work.wait(pause)
                 if over:
                     return
-                engine, replica.probed_at = replica.engine, time.monotonic()
+                engine, updates = replica.engine, self._updates
+                replica.probed_at = replica.probed_at or time.monotonic()
             try:
                 self._require_version(engine)
             except Exception as error:  # as in `_serve`
-                self._replicas.quarantine(replica, life, error)
-                return
+                with self._replicas.lock:
+                    meanwhile = updates != self._updates
+                if not meanwhile:  # an update sees for itself which replicas fail
+                    self._replicas.quarantine(replica, life, error)
+                    return
             with self._replicas.lock:
                 if replica.life == life:
                     replica.probed_at = None
@@ -144,9 +192,14 @@ class EnginePool:
     def _check_probes(self) -> None:
         limit = self._config.stall_timeout_s
         for replica, life in self._replicas.running():
-            if replica.probed_at is not None and time.monotonic() - replica.probed_at > limit:
+            if replica.state is not State.SERVING or replica.probed_at is None:
+                continue
+            if time.monotonic() - replica.probed_at > limit:
                 silent = EngineError(f"no answer to a health check within {limit:g} s (engine.stall_timeout_s)")
                 self._replicas.quarantine(replica, life, silent)
+
+    def sleep(self) -> None:
+        self._each("sleep", lambda engine: engine.sleep())
 
     # ---- weight updates ----
 
@@ -156,14 +209,15 @@ class EnginePool:
         When all of them fail during the update it ends without an error, and `needs_weights` asks for another one.
         """
         self._members = self._replicas.wait_running()
+        self._updates += 1
         self._enter(State.BARE)
         self._each("pause", lambda engine: engine.pause())
 
     def begin_update(self, names: Sequence[str]) -> None:
         self._each("begin_update", lambda engine: engine.begin_update(names))
 
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
-        self._each("update_bucket", lambda engine: engine.update_bucket(bucket))
+    def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
+        self._each("update_bucket", lambda engine: engine.update_bucket(bucket, carrier))
 
     def finish_update(self, version: int) -> None:
         self._each("finish_update", lambda engine: engine.finish_update(version))
@@ -190,9 +244,13 @@ class EnginePool:
             for replica, life in self._members:
                 if replica.life == life:
                     replica.state = state
+                    replica.probed_at = replica.probed_at and time.monotonic()  # an update may have kept it waiting
+            for queue in self._queues:
+                self._set_to_work(queue)
+            self._replicas.work.notify_all()
 
     def _each(self, step: str, call: Callable[[GenerationEngine], object]) -> None:
-        """Calls all members of the update at once; those that fail or miss the deadline are taken out of service."""
+        """Calls all members of the last update at once; who fails or misses the deadline is taken out of service."""
         limit = self._config.stall_timeout_s
         outcomes: dict[int, Exception | None] = {}
 
@@ -209,7 +267,7 @@ class EnginePool:
         deadline = time.monotonic() + limit
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        silent = EngineError(f"`{step}` of a weight update was not done within {limit:g} s (engine.stall_timeout_s)")
+        silent = EngineError(f"`{step}` was not done within {limit:g} s (engine.stall_timeout_s)")
         for replica, life, _ in members:
             if (error := outcomes.get(replica.index, silent)) is not None:
                 self._replicas.quarantine(replica, life, error)

@@ -1,4 +1,11 @@
-"""Starts SGLang's server: `python -m grpo_ds.engine.sglang_serve <SGLang's own flags>`, in SGLang's environment.
+"""Starts SGLang's server, in SGLang's environment; also the command for an engine on a node of its own:
+
+    export GRPO_DS_ENGINE_KEY=$(openssl rand -hex 32)         # the same value where the run is started
+    python -m grpo_ds.engine.sglang_serve --model-path PATH --dtype bfloat16 --context-length N --host 0.0.0.0 --port 8000
+
+and, in the recipe, `engine.kind: sglang`, `engine.urls: [http://that-node:8000]`. N is the longest prompt + response
+plus 8. The other flags are SGLang's own; those that grpo_ds depends on are added here (`sglang_wire.NEEDED`). With the
+variable no route answers without the key; without it another host than loopback is refused (`grpo_ds.engine.key`).
 
 Each process that SGLang spawns repeats the top level of this module, and calls SGLang's plugin loader, which applies
 the hooks registered here.
@@ -14,11 +21,10 @@ from typing import Any
 
 from grpo_ds.engine.guard import die_with_parent
 
-die_with_parent()
+if __name__ != "__main__":  # the first process ends with its guard, or belongs to the user's terminal
+    die_with_parent()
 
-import torch  # noqa: E402  (after the line above, so that no import delays it)
-
-from grpo_ds.engine.base import KEY_VARIABLE  # noqa: E402
+import torch
 
 
 def _fit_to_machine() -> None:
@@ -88,17 +94,35 @@ _fit_to_machine()
 _register_hooks()
 
 
+def command(words: list[str]) -> list[str]:
+    """SGLang's arguments for ours; ends the process for a host that must not be listened on."""
+    from grpo_ds.engine.key import listen_words
+    from grpo_ds.engine.sglang_wire import NEEDED, flag
+    from grpo_ds.engine.wire import command_line
+
+    return [*listen_words(words), *command_line(NEEDED, {}, flag)]
+
+
 def main() -> None:
+    words = command(sys.argv[1:])
+    # A context longer than the model's, by the few positions that SGLang keeps to itself (`sglang_wire`).
+    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+
     from sglang.launch_server import run_server
+    from sglang.srt.entrypoints.http_server import app
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.server_args import prepare_server_args
 
+    from grpo_ds.engine.key import RequireKey, shared_key
+
     load_plugins()
     if set(HookRegistry._hooks) != HookRegistry._patched:  # SGLang itself would only log it and go on
         sys.exit(f"this version of SGLang lacks what grpo_ds hooks into; patched was only {HookRegistry._patched}")
-    key = os.environ.get(KEY_VARIABLE)
-    run_server(prepare_server_args([*sys.argv[1:], *(["--api-key", key] if key else [])]))
+    if shared_key():
+        # Not SGLang's own --api-key: it leaves routes open, and SGLang writes all its flags to the log.
+        app.add_middleware(RequireKey)
+    run_server(prepare_server_args(words))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
-from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import EngineError, RawRollout, Request, SamplingSpec, parse_version, stream_seed
-from grpo_ds.types import FinishReason, VersionSpan
+from grpo_ds.config import EngineConfig
+from grpo_ds.engine.base import EngineError, EngineSettings, RawRollout, Request, SamplingSpec, stream_seed
+from grpo_ds.engine.wire import command_line, user_options, whole_rollout
 
 LOADER = "grpo_ds.sync.receive_sglang.load"
 _SPARE_TOKENS = 8
 """SGLang keeps the last few positions of its context length to itself."""
+NEEDED: dict[str, Any] = {
+    "custom_weight_loader": [LOADER],
+    "weight_version": "0",
+    "sampling_backend": "pytorch",
+    "skip_server_warmup": True,  # it sends a prompt that does not fit a short context
+    "tokenizer_worker_num": 1,  # each would be a web server that does not ask for the key
+}
+"""Options that `grpo_ds.engine.sglang_serve` gives to every server: updates, seeds and log-probabilities need them."""
 _RESERVED = (
     "model_path",
     "served_model_name",
@@ -23,41 +31,33 @@ _RESERVED = (
     "api_key",
     "admin_api_key",
     "context_length",
-    "custom_weight_loader",
-    "weight_version",
-    "sampling_backend",
     "enable_deterministic_inference",
     "rl_on_policy_target",
+    "preferred_sampling_params",
+    *NEEDED,
 )
-"""Options that weight updates, seeds and log-probabilities depend on."""
 
 
-def server_args(
-    user: dict[str, Any], model_path: str, dtype: str, max_model_len: int, device: str, seed: int
-) -> list[str]:
-    """SGLang's command line without host and port.
+_OFF = {"min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+"""Said in each request: a server of engine.urls may have been started with other preferred_sampling_params."""
 
-    `user` (engine.args) overrides our choices under SGLang's own names; null and false remove one. Raises RecipeError
-    for options that may not be changed.
+
+def server_args(config: EngineConfig, settings: EngineSettings) -> list[str]:
+    """SGLang's command line without host, port and `NEEDED`.
+
+    engine.args overrides our choices under SGLang's own names; null and false remove one. Raises RecipeError for
+    options that may not be changed.
     """
-    user = {key.replace("-", "_"): value for key, value in user.items()}
-    for key in _RESERVED:
-        if key in user:
-            raise RecipeError(f"engine.args.{key} is set by grpo_ds, which depends on its value: remove it")
     args: dict[str, Any] = {
-        "model_path": model_path,
-        "dtype": dtype,
-        "device": device,
-        "context_length": max_model_len + _SPARE_TOKENS,
-        "random_seed": seed,
-        "weight_version": "0",
-        "custom_weight_loader": [LOADER],
-        "sampling_backend": "pytorch",
+        "model_path": settings.model_path,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "context_length": settings.max_model_len + _SPARE_TOKENS,
+        "random_seed": settings.seed,
         "sleep_on_idle": True,
-        "skip_server_warmup": True,  # it sends a prompt that does not fit a short context
         "log_level_http": "warning",
     }
-    if device == "cpu":
+    if settings.device == "cpu":
         args |= {
             "attention_backend": "torch_native",
             "max_total_tokens": 65536,
@@ -67,19 +67,13 @@ def server_args(
         }
     else:
         args["mem_fraction_static"] = 0.4  # the trainer's rank lives on the same GPU
-    merged = args | {key: value for key, value in user.items() if key != "port"}
-    return [word for key, value in merged.items() for word in _flag(key, value)]
+        args["enable_memory_saver"] = config.sleep  # without it the CPU engine answers the routes, and frees nothing
+    return command_line(args, user_options(config.args, _RESERVED), flag)
 
 
-def _flag(key: str, value: Any) -> list[str]:
-    name = "--" + key.replace("_", "-")
-    if value is None or value is False:
-        return []
-    if value is True:
-        return [name]
-    if isinstance(value, list):
-        return [name, *map(str, value)]
-    return [name, json.dumps(value) if isinstance(value, dict) else str(value)]
+def flag(name: str, on: bool) -> list[str]:
+    """The words for an SGLang option that is true or false."""
+    return [name] if on else []
 
 
 def generate_bodies(request: Request, spec: SamplingSpec, max_model_len: int) -> list[dict[str, Any]]:
@@ -103,6 +97,7 @@ def generate_bodies(request: Request, spec: SamplingSpec, max_model_len: int) ->
         "top_p": 1e-6 if one else spec.top_p,
         "top_k": -1 if one else spec.top_k or -1,
         "stop_token_ids": list(spec.stop_token_ids),
+        **_OFF,
     }
     seed = stream_seed(request.seed)
     responses = {
@@ -138,23 +133,16 @@ def parse_response(answer: Any, request: Request, spec: SamplingSpec) -> list[Ra
     return [_rollout(output, k, request.request_id) for k, output in enumerate(outputs)]
 
 
-_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-
-
 def _rollout(output: dict[str, Any], k: int, request_id: str) -> RawRollout:
     meta = output["meta_info"]
-    tokens = tuple(output["output_ids"])
-    sampled = meta["output_token_logprobs"]
-    reason = (meta["finish_reason"] or {}).get("type")
-    spans = tuple(
-        VersionSpan(parse_version(span["version"]), span["start"], span["end"])
-        for span in meta.get("weight_versions") or ()
+    sampled = meta.get("output_token_logprobs") or ()
+    what = f"response {k} of request {request_id}"
+    if [entry[1] for entry in sampled] != list(output["output_ids"]):
+        raise EngineError(f"{what} is not whole: the log-probabilities are of other tokens than its own")
+    return whole_rollout(
+        what,
+        output["output_ids"],
+        [entry[0] for entry in sampled],
+        meta.get("weight_versions"),
+        (meta["finish_reason"] or {}).get("type"),
     )
-    covered = [position for span in spans for position in range(span.start, span.end)]
-    same = [entry[1] for entry in sampled] == list(tokens)
-    if not same or covered != list(range(len(tokens))) or reason not in _REASONS:
-        raise EngineError(
-            f"response {k} of request {request_id} is not whole: {len(tokens)} tokens, {len(sampled)} "
-            f"log-probabilities, version spans {spans}, finish reason {meta['finish_reason']!r}"
-        )
-    return RawRollout(tokens, tuple(float(entry[0]) for entry in sampled), _REASONS[reason], spans)

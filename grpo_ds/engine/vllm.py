@@ -1,15 +1,15 @@
-"""The vLLM engine: one server process of its own on loopback, spoken to over HTTP. Does not import vLLM or torch."""
+"""The vLLM engine: servers spoken to over HTTP. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from grpo_ds.config import EngineConfig
-from grpo_ds.engine.base import RawRollout, Request, SamplingSpec
-from grpo_ds.engine.server import ServerEngine, server_env
+from grpo_ds.engine.base import EngineSettings, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.process import server_env
+from grpo_ds.engine.server import ServerEngine
 from grpo_ds.engine.vllm_wire import generate_body, parse_response, server_args
 
 
@@ -19,20 +19,12 @@ class VllmEngine(ServerEngine):
     label = "vLLM"
     module = "grpo_ds.engine.serve"
     generate_path = "/inference/v1/generate"
+    control_paths = ("/update_weights", "/collective_rpc")
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        model_path: str,
-        dtype: str,
-        max_model_len: int,
-        log_dir: Path,
-        device: str,
-        seed: int,
-    ) -> None:
-        """Raises RecipeError for urls that are not on loopback and for a port that is taken."""
-        args = server_args(config.args, model_path, dtype, max_model_len, device, seed)
-        super().__init__(config, config.python or sys.executable, args, _server_env(device), log_dir, key=None)
+    def __init__(self, config: EngineConfig, settings: EngineSettings) -> None:
+        """Raises RecipeError for settings the server cannot take, and as `ServerEngine` does."""
+        args = server_args(config, settings)
+        super().__init__(config, settings, config.python or sys.executable, args, server_environment(settings.device))
 
     def _generate_bodies(self, request: Request, spec: SamplingSpec) -> list[dict[str, Any]]:
         return [generate_body(request, spec)]
@@ -40,7 +32,11 @@ class VllmEngine(ServerEngine):
     def _parse(self, answer: Any, request: Request, spec: SamplingSpec) -> list[RawRollout]:
         return parse_response(answer, request, spec)
 
+    def _abort(self, url: str) -> None:
+        self._call("POST", url, "/abort_requests", {})
+
     def _version_text(self, url: str) -> str:
+        # Answered by the process that runs the scheduler and the model.
         return str(self._call("GET", url, "/weight_info").json()["weight_version"])
 
     def _on_ready(self) -> None:
@@ -52,15 +48,18 @@ class VllmEngine(ServerEngine):
 
     # ---- weight updates ----
 
-    def pause(self) -> None:
+    def _pause(self) -> None:
         self._post("/pause?mode=keep")
 
     def begin_update(self, names: Sequence[str]) -> None:
         self._post("/init_weight_transfer_engine", {"init_info": {"names": list(names)}})
         self._post("/start_weight_update")
 
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
-        self._post("/update_weights", {"update_info": bucket})
+    def _workers(self, url: str) -> int:
+        return int(self._call("GET", url, "/get_world_size").json()["world_size"])
+
+    def _load(self, url: str, bucket: dict[str, Any]) -> None:
+        self._call("POST", url, "/update_weights", {"update_info": bucket})
 
     def finish_update(self, version: int) -> None:
         self._post("/finish_weight_update", {"weight_version": str(version)})
@@ -70,13 +69,21 @@ class VllmEngine(ServerEngine):
             if answer.json().get("success") is not True:
                 raise self._error(f"{url} could not forget its key/value cache: {answer.text[:2000]}")
 
-    def resume(self) -> None:
+    def _resume(self) -> None:
         self._post("/resume")
 
+    # ---- memory ----
 
-def _server_env(device: str) -> dict[str, str]:
+    def _sleep(self) -> None:
+        # Level 2 drops the weights: what generates next are the ones of the publication that must come before.
+        self._post("/sleep?level=2&mode=wait")
+
+    def _wake(self, tag: str) -> None:
+        self._post(f"/wake_up?tags={tag}")
+
+
+def server_environment(device: str) -> dict[str, str]:
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if device == "cpu":
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # lets the engine process run the model itself
-    # The weight-update routes; nothing but loopback reaches them.
-    return server_env({"VLLM_SERVER_DEV_MODE": "1"}, defaults)
+    return server_env({}, defaults)

@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, get_args
+from typing import Any
 
-from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import EngineError, RawRollout, Request, SamplingSpec, parse_version, stream_seed
-from grpo_ds.types import FinishReason, VersionSpan
+from grpo_ds.config import EngineConfig
+from grpo_ds.engine.base import EngineError, EngineSettings, RawRollout, Request, SamplingSpec, stream_seed
+from grpo_ds.engine.wire import command_line, user_options, whole_rollout
 
-_RESERVED = (
-    "model",
-    "served_model_name",
-    "host",
-    "worker_extension_cls",
-    "weight_transfer_config",
-    "logprobs_mode",
-    "enable_scale_out",
-)
-"""Options that weight updates and log-probabilities depend on."""
+NEEDED: dict[str, Any] = {
+    "enable_scale_out": True,
+    "logprobs_mode": "processed_logprobs",
+    "generation_config": "vllm",  # sampling settings of the model folder are not the recipe's
+    "worker_extension_cls": "grpo_ds.sync.receive_vllm.WorkerExtension",
+    "weight_transfer_config": {"backend": "grpo_ds"},
+}
+"""Options that `grpo_ds.engine.serve` gives to every server, because updates and log-probabilities depend on them."""
+_RESERVED = ("model", "served_model_name", "host", "middleware", "override_generation_config", *NEEDED)
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
-def server_args(
-    user: dict[str, Any], model_path: str, dtype: str, max_model_len: int, device: str, seed: int
-) -> list[str]:
-    """vLLM's command line without host and port.
+def server_args(config: EngineConfig, settings: EngineSettings) -> list[str]:
+    """vLLM's command line without host, port and `NEEDED`.
 
-    `user` (engine.args) overrides our choices under vLLM's own names; the value null removes one. Raises RecipeError
-    for options that may not be changed.
+    engine.args overrides our choices under vLLM's own names; the value null removes one. Raises RecipeError for options
+    that may not be changed.
     """
-    user = {key.replace("-", "_"): value for key, value in user.items()}
-    for key in _RESERVED:
-        if key in user:
-            raise RecipeError(f"engine.args.{key} is set by grpo_ds, which depends on its value: remove it")
+    user = user_options(config.args, _RESERVED)
     args: dict[str, Any] = {
-        "model": model_path,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "seed": seed,
-        "enable_scale_out": True,
-        "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": "grpo_ds.sync.receive_vllm.WorkerExtension",
-        "weight_transfer_config": {"backend": "grpo_ds"},
+        "model": settings.model_path,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "seed": settings.seed,
         "block_size": 32,
         "disable_uvicorn_access_log": True,
     }
-    if device == "cpu":
+    if settings.device == "cpu":
         args["kv_cache_memory_bytes"] = 256 * 2**20
         args["enforce_eager"] = True  # compiling costs more than a short run gains
         # A seeded request whose prompt is cut into chunks kills the CPU engine of this release.
@@ -55,19 +44,13 @@ def server_args(
             args["distributed_executor_backend"] = "uni"  # one process less to start
     else:
         args["gpu_memory_utilization"] = 0.4  # the trainer's rank lives on the same GPU
-    merged = args | {key: value for key, value in user.items() if key != "port"}
-    return [word for key, value in merged.items() for word in _flag(key, value)]
+        args["enable_sleep_mode"] = config.sleep  # without it the CPU engine answers the routes, and frees nothing
+    return command_line(args, user, flag)
 
 
-def _flag(key: str, value: Any) -> list[str]:
-    name = key.replace("_", "-")
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+def flag(name: str, on: bool) -> list[str]:
+    """The words for a vLLM option that is true or false."""
+    return [name if on else f"--no-{name.removeprefix('--')}"]
 
 
 def generate_body(request: Request, spec: SamplingSpec) -> dict[str, Any]:
@@ -98,17 +81,11 @@ def parse_response(answer: dict[str, Any], request: Request, spec: SamplingSpec)
 
 
 def _rollout(choice: dict[str, Any], request_id: str) -> RawRollout:
-    tokens = tuple(choice["token_ids"])
-    logprobs = tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"])
-    spans = tuple(
-        VersionSpan(parse_version(span["version"]), span["start"], span["end"])
-        for span in choice["weight_versions"] or ()
+    logprobs = (choice["logprobs"] or {}).get("content") or ()  # null in a response without tokens
+    return whole_rollout(
+        f"response {choice['index']} of request {request_id}",
+        choice["token_ids"],
+        [entry["logprob"] for entry in logprobs],
+        choice["weight_versions"],
+        choice["finish_reason"],
     )
-    reason = choice["finish_reason"]
-    covered = [position for span in spans for position in range(span.start, span.end)]
-    if len(logprobs) != len(tokens) or covered != list(range(len(tokens))) or reason not in get_args(FinishReason):
-        raise EngineError(
-            f"response {choice['index']} of request {request_id} is not whole: {len(tokens)} tokens, {len(logprobs)} "
-            f"log-probabilities, version spans {spans}, finish reason {reason!r}"
-        )
-    return RawRollout(tokens, logprobs, reason, spans)

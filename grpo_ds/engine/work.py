@@ -7,23 +7,30 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import get_args
 
-from grpo_ds.engine.base import EngineError, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.base import EngineError, OnAnswer, RawRollout, Request, SamplingSpec
 from grpo_ds.types import FinishReason
 
 
 class WorkQueue:
     """Who works on which request. Not locked: its owner calls it under a lock of its own."""
 
-    def __init__(self, requests: Sequence[Request], spec: SamplingSpec) -> None:
+    def __init__(self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None) -> None:
         """Raises ValueError for two requests of the same id."""
         self.spec = spec
+        self.on_answer = on_answer
         self._requests = {request.request_id: request for request in requests}
         if len(self._requests) != len(requests):
             raise ValueError("two requests of one call have the same request_id")
         self._waiting = deque(self._requests)
         self._takers: dict[str, Hashable] = {}
         self._answers: dict[str, list[RawRollout]] = {}
+        self.takers: set[Hashable] = set()
+        """Who was set to work on it."""
+        self.aborted = False
         self.closed = False
+
+    def __len__(self) -> int:
+        return len(self._requests)
 
     def take(self, taker: Hashable) -> Request | None:
         """The next request, now the taker's; None while there is none."""
@@ -38,16 +45,30 @@ class WorkQueue:
         if self._takers.get(request.request_id) != taker:
             return False
         del self._takers[request.request_id]
-        self._answers[request.request_id] = rollouts
+        self._keep(request.request_id, rollouts)
         return True
 
     def hand_back(self, taker: Hashable) -> int:
-        """Makes the taker's unanswered requests the next ones again; returns how many they are."""
+        """Makes the taker's unanswered requests the next ones again; returns how many will be asked once more."""
         names = [name for name, holder in self._takers.items() if holder == taker]
         for name in reversed(names):
             del self._takers[name]
             self._waiting.appendleft(name)
+        if self.aborted:
+            self.abort()
+            return 0
         return len(names)
+
+    def abort(self) -> None:
+        """Answers what nobody has taken, now or later, with responses that have no token."""
+        self.aborted = True
+        while self._waiting:
+            self._keep(self._waiting.popleft(), [RawRollout((), (), "abort", ())] * self.spec.n)
+
+    def _keep(self, name: str, rollouts: list[RawRollout]) -> None:
+        self._answers[name] = rollouts
+        if self.on_answer:
+            self.on_answer(self._requests[name], rollouts)
 
     @property
     def complete(self) -> bool:
@@ -64,14 +85,20 @@ class WorkQueue:
         return [self._answers[name] for name in self._requests]
 
 
-def check_answer(request: Request, rollouts: list[RawRollout], spec: SamplingSpec, oldest: int, newest: int) -> None:
-    """Raises EngineError unless these are spec.n whole responses made by policies `oldest` to `newest`."""
+def check_answer(
+    request: Request, rollouts: list[RawRollout], spec: SamplingSpec, oldest: int, newest: int, *, aborted: bool = False
+) -> None:
+    """Raises EngineError unless these are spec.n whole responses made by policies `oldest` to `newest`.
+
+    aborted: the engine was told to abort, so a response may have no token.
+    """
     if len(rollouts) != spec.n:
         raise EngineError(f"request {request.request_id} asked for {spec.n} responses and got {len(rollouts)}")
     for k, rollout in enumerate(rollouts):
         tokens, logprobs = rollout.token_ids, rollout.logprobs
         covered = [position for span in rollout.spans for position in range(span.start, span.end)]
-        whole = 0 < len(tokens) <= spec.max_tokens and len(logprobs) == len(tokens)
+        begun = len(tokens) > 0 or (aborted and rollout.finish_reason == "abort")
+        whole = begun and len(tokens) <= spec.max_tokens and len(logprobs) == len(tokens)
         whole = whole and all(math.isfinite(value) for value in logprobs)
         whole = whole and covered == list(range(len(tokens))) and rollout.finish_reason in get_args(FinishReason)
         if not whole:

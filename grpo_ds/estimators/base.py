@@ -20,6 +20,7 @@ A plain function with the same arguments also works; its keyword-only parameters
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Batch:
     mask: Tensor
     """(N, T) bool."""
     weight: Tensor
-    """(N, T) float32, the mask as numbers: made once, because converting it costs more than all group statistics."""
+    """(N, T) float32, the mask as numbers."""
     groups: Groups
 
     @property
@@ -92,7 +93,7 @@ class Batch:
         """(N, T) float64; 0 where the mask is False."""
         return self.masked.to(torch.float64)
 
-    @property
+    @cached_property
     def totals(self) -> Tensor:
         """(N,) float64, R_i = sum over the response of r_it."""
         return self.masked.sum(1, dtype=torch.float64)
@@ -125,14 +126,14 @@ def check_batch(token_rewards: Tensor, response_mask: Tensor, group_index: Tenso
         )
     check_finite("token_rewards", token_rewards)
     mask = response_mask.bool()
-    weight = mask.to(torch.float32)
+    weight = mask.view(torch.uint8).to(torch.float32)  # six times faster than from bool
     _refuse_first(
         weight.sum(1) == 0,  # several times faster than any(1)
         "response_mask of sample {} has no token: leave samples without a trainable token out of the batch",
     )
     groups = find_groups(group_index)
     _refuse_first(
-        groups.sizes[groups.index] < min_group_size,
+        (groups.sizes < min_group_size)[groups.index],
         f"the group of sample {{}} has fewer than {min_group_size} members: this estimator needs {min_group_size}",
     )
     masked = token_rewards * weight  # finite, as checked above, so a product is a selection

@@ -22,14 +22,12 @@ def group_advantages(
     totals: Tensor, groups: Groups, *, norm_by_std: bool, eps: float, ddof: Ddof, singleton: Singleton
 ) -> Tensor:
     """(R - mu_g) or (R - mu_g) / (sigma_g + eps), (N,) float64. A group of one: mu = 0 and sigma = 1, or advantage 0."""
-    alone = groups.sizes[groups.index] == 1
+    alone = groups.sizes == 1
     advantages = groups.deviation(totals)
-    scale = groups.std(advantages, ddof)[groups.index]
+    scale = torch.where(alone, 1.0, groups.std(advantages, ddof)) + eps
     if singleton == "reward":
-        advantages = torch.where(alone, totals, advantages)
-    if norm_by_std:
-        advantages = divide(advantages, torch.where(alone, 1.0, scale) + eps)
-    return advantages
+        advantages = torch.where(alone[groups.index], totals, advantages)
+    return divide(advantages, scale[groups.index]) if norm_by_std else advantages
 
 
 def _outcome(batch: Batch, advantages: Tensor) -> tuple[Tensor, Tensor]:

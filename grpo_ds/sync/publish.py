@@ -3,22 +3,24 @@
     pause -> begin -> (write bucket | send the one before)* -> finish(version) -> flush cache -> resume
 
 On a node every rank copies its own ZeRO shards to their place in shared memory, without a collective; no rank ever
-holds the model. Across nodes each rank fetches the shards that its peers of the same local rank hold, bucket by
-bucket. The segment has two halves: ranks fill one while the engine reads the other.
+holds the model. Under the ZeRO stages whose ranks hold whole parameters each copies its share of them. Across nodes
+each rank fetches the shards that its peers of the same local rank hold, bucket by bucket. The memory has two halves:
+ranks fill one while the engine gets the other, which it maps (`segment`) or is sent (`group`).
 
 With sync.verify the lead sends checksums along, and an engine that reads other bytes than were written refuses them:
 a wrong offset, a mapping of another file, a half overwritten too early.
 
 Bytes, 70B bf16 (140 GB), 64 nodes x 8 ranks: a rank writes 140/8 = 17.5 GB a node into host memory, of which 17.2 GB
 arrive over the network in an all-gather of 64 ranks; the engine of a node reads 140 GB; nothing passes a single rank.
-Extra memory: two buckets a node.
+Extra memory: two buckets a node. Engines on other nodes: see `group`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from torch import nn
@@ -28,8 +30,10 @@ from grpo_ds.dist import Ranks
 from grpo_ds.engine.base import GenerationEngine
 from grpo_ds.shards import list_shards
 from grpo_ds.sync.buckets import Bucket, make_buckets
-from grpo_ds.sync.receive import checksum
-from grpo_ds.sync.segment import Segment
+from grpo_ds.sync.group import GroupCarrier
+from grpo_ds.sync.receive import checksum, host_bytes
+from grpo_ds.sync.segment import DeviceSegment, Segment
+from grpo_ds.sync.transport import Kind
 
 VERIFY_EVERY = 16
 """With sync.verify sampled, versions between two checksums of the same tensor."""
@@ -42,14 +46,24 @@ class SyncError(RuntimeError):
 class WeightPublisher:
     """Publishes the policy's weights to this node's engine. Every rank calls `publish`; leads hold the engine."""
 
-    def __init__(self, module: nn.Module, ranks: Ranks, engine: GenerationEngine | None, config: SyncConfig) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        ranks: Ranks,
+        engine: GenerationEngine | None,
+        config: SyncConfig,
+        transport: Kind = "shared_memory",
+        device: str = "cpu",
+    ) -> None:
+        """transport: of this node. device: kind of device the engine computes on, for transport group."""
         self.ranks = ranks
         self.engine = engine
         self.config = config
         self.shards = list_shards(module, ranks.world)
         self.buckets = make_buckets(self.shards, ranks.world, config.bucket_mb * 2**20)
         self.half = max(bucket.nbytes for bucket in self.buckets)
-        self.segment = self._share()
+        self.segment = self._share(DeviceSegment if transport == "ipc" else Segment)
+        self._carrier = GroupCarrier(self.segment.bytes, device, config.timeout_s) if transport == "group" else None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="weight-sender")
         self.model_bytes = sum(s.numel * s.dtype.itemsize for s in self.shards)
         self._position = {shard.name: i for i, shard in enumerate(self.shards)}
@@ -57,16 +71,16 @@ class WeightPublisher:
         self.version = 0
         """Of the last publication."""
 
-    def _share(self) -> Segment:
-        """The node's lead makes the segment, the others of its node map it."""
+    def _share(self, kind: type[Segment] | type[DeviceSegment]) -> Segment | DeviceSegment:
+        """The node's lead makes the memory, the others of its node map it."""
         nbytes = 2 * self.half
-        mine = Segment.create(nbytes) if self.ranks.leads_node else None
-        paths = self.ranks.all_gather([self.ranks.node, mine.path if mine else None], "weight segment")
+        mine = kind.create(nbytes) if self.ranks.leads_node else None
+        places = self.ranks.all_gather([self.ranks.node, mine.where if mine else None], "weight segment")
         if mine is not None:
             segment = mine
         else:
-            path = next(path for node, path in paths if node == self.ranks.node and path)
-            segment = Segment.open(path, nbytes)
+            where = next(where for node, where in places if node == self.ranks.node and where)
+            segment = kind.open(where, nbytes)
         self.ranks.barrier("weight segment mapped")
         return segment
 
@@ -78,42 +92,56 @@ class WeightPublisher:
             for rank, part in self.ranks.column_shards(mine, shard.length):
                 start = base + item.offset + rank * shard.length * shard.dtype.itemsize
                 self.segment.view(start, part.numel(), shard.dtype).copy_(part)
+        self.segment.settle()
 
     def _manifest(self, bucket: Bucket, base: int) -> dict[str, Any]:
+        """As in `grpo_ds.sync.receive`; for a carrier the bucket is a memory of its own, which begins at `base`."""
+        origin = 0 if self._carrier else base
         tensors = [
             {
                 "name": item.shard.name,
-                "offset": base + item.offset,
+                "offset": origin + item.offset,
                 "dtype": str(item.shard.dtype).removeprefix("torch."),
                 "shape": list(item.shard.shape),
             }
             for item in bucket.items
         ]
-        return {"path": self.segment.path, "nbytes": self.segment.nbytes, "tensors": tensors}
+        if self._carrier:
+            return {"start": base, "nbytes": bucket.nbytes, "tensors": tensors}
+        return {self.segment.key: self.segment.where, "nbytes": self.segment.nbytes, "tensors": tensors}
 
     def _sums(self, version: int, bucket: Bucket, base: int) -> dict[str, int]:
         """CRC-32 of the whole tensors in the segment that are due in this version."""
-        start = time.monotonic()
+        begun = time.monotonic()
         sums = {}
         for item in bucket.items:
             shard = item.shard
             if verified(self.config.verify, version, self._position[shard.name]):
-                sums[shard.name] = checksum(self.segment.buffer(base + item.offset, shard.numel * shard.dtype.itemsize))
-        self._verify_s += time.monotonic() - start
+                start = base + item.offset
+                part = self.segment.bytes[start : start + shard.numel * shard.dtype.itemsize]
+                sums[shard.name] = checksum(host_bytes(part))
+        self._verify_s += time.monotonic() - begun
         return sums
 
     def _send(self, engine: GenerationEngine, version: int, bucket: Bucket, base: int) -> None:
         """Runs beside the ranks' writing of the next bucket."""
         manifest = self._manifest(bucket, base)
-        engine.update_bucket(manifest | {"sums": self._sums(version, bucket, base)})
+        engine.update_bucket(manifest | {"sums": self._sums(version, bucket, base)}, self._carrier)
 
-    def _agree(self, version: int, what: str, action: Callable[[], object] | None) -> None:
-        """Runs `action` on the leads; all ranks go on together, or all raise with the lead's reason."""
+    def _ask(self, call: Callable[..., object], *args: object) -> Future[object] | None:
+        """On a lead, has its engine do something beside this thread, one thing after the other; None on other ranks."""
+        return self._sender.submit(call, self.engine, *args) if self.engine else None
+
+    def _agree(self, version: int, what: str, asked: Future[object] | None, deadline: float = math.inf) -> None:
+        """Waits for what the leads' engines were asked; all ranks go on together, or all raise with the lead's reason."""
         reason = None
-        if action is not None:
-            try:
-                action()
-            except Exception as error:  # carried to all ranks below, none may be left waiting
+        if asked is not None:
+            left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+            wait([asked], left)
+            if not asked.done():
+                limit = f"{self.config.timeout_s:g} s (sync.timeout_s)"
+                reason = f"the engine of node {self.ranks.node} was not done {limit} after it had paused"
+            elif error := asked.exception():  # carried to all ranks below, none may be left waiting
                 reason = f"{type(error).__name__}: {error}"
         reasons = [r for r in self.ranks.all_gather(reason, f"weight sync {what}") if r]
         if reasons:
@@ -124,10 +152,10 @@ class WeightPublisher:
 
         Returns seconds: `pause`, `write` (this rank's copies), `wait` (for the engine and the other ranks between the
         copies) and `finish` follow each other; `verify` (the lead's checksums) is a part of `wait`, or hidden behind
-        `write`. Raises SyncError on every rank when any engine failed, missed its deadline (sync.timeout_s), read other
-        bytes than were written, or does not report the version afterwards.
+        `write`. Raises SyncError on every rank when any engine failed, missed the deadline (sync.timeout_s, from the
+        moment it paused), read other bytes than were written, or does not report the version afterwards.
         """
-        engine, clock = self.engine, time.monotonic()
+        clock = time.monotonic()
         seconds = {"pause": 0.0, "write": 0.0, "wait": 0.0, "finish": 0.0}
         self._verify_s = 0.0
 
@@ -137,37 +165,24 @@ class WeightPublisher:
             seconds[name] += now - clock
             clock = now
 
+        # Without our deadline: an engine that is being restarted pauses when it is up, and has a deadline for that.
+        self._agree(version, "pause", self._ask(lambda engine: engine.pause()))
+        deadline = time.monotonic() + self.config.timeout_s
         names = tuple(shard.name for shard in self.shards)
-
-        def begin() -> None:
-            assert engine is not None
-            engine.pause()
-            engine.begin_update(names)
-
-        self._agree(version, "pause", begin if engine else None)
+        self._agree(version, "begin", self._ask(lambda engine: engine.begin_update(names)), deadline)
         lap("pause")
-        sending: Future[None] | None = None
+        sending: Future[object] | None = None
         for i, bucket in enumerate(self.buckets):
             base = (i % 2) * self.half
             self._write(bucket, base)
             lap("write")
             # One meeting a bucket: all shards are written, and the engine is done with the half that comes next.
-            self._agree(version, f"bucket {i}", sending.result if sending else None)
+            self._agree(version, f"bucket {i}" if i else "first bucket", sending, deadline)
             lap("wait")
-            if engine:
-                sending = self._sender.submit(self._send, engine, version, bucket, base)
-        self._agree(version, "last bucket", sending.result if sending else None)
+            sending = self._ask(self._send, version, bucket, base)
+        self._agree(version, f"bucket {len(self.buckets)}", sending, deadline)
         lap("wait")
-
-        def finish() -> None:
-            assert engine is not None
-            engine.finish_update(version)
-            engine.flush_cache()
-            if engine.version() != version:
-                raise SyncError(f"the engine reports version {engine.version()}")
-            engine.resume()
-
-        self._agree(version, "finish", finish if engine else None)
+        self._agree(version, "finish", self._ask(_finish, version), deadline)
         lap("finish")
         self.version = version
         return seconds | {"verify": self._verify_s}
@@ -179,6 +194,14 @@ class WeightPublisher:
     def close(self) -> None:
         """Ends the sender thread."""
         self._sender.shutdown(wait=False, cancel_futures=True)
+
+
+def _finish(engine: GenerationEngine, version: int) -> None:
+    engine.finish_update(version)
+    engine.flush_cache()
+    if (found := engine.version()) != version:
+        raise SyncError(f"the engine reports version {found}")
+    engine.resume()
 
 
 def verified(verify: str, version: int, position: int) -> bool:

@@ -39,13 +39,15 @@ class InitInfo(WeightTransferInitInfo):
 class UpdateInfo(WeightTransferUpdateInfo):
     """A bucket manifest (`grpo_ds.sync.receive`)."""
 
-    path: str
     nbytes: int
     tensors: list[dict[str, Any]]
     sums: dict[str, int] = field(default_factory=dict)
+    path: str | None = None
+    ipc: dict[str, Any] | None = None
+    group: dict[str, Any] | None = None
 
 
-class SharedFileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads buckets with vLLM's layerwise reload, as vLLM's own backends do."""
 
     init_info_cls = InitInfo
@@ -76,7 +78,7 @@ class SharedFileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         def views() -> Iterator[tuple[str, Tensor]]:
             for name, view in self._reader.tensors(asdict(update_info)):
                 mapped.add(view.untyped_storage().data_ptr())
-                yield name, view.to(self.device)  # on an accelerator this is the transfer itself
+                yield name, view.to(self.device)  # from host memory to an accelerator this is the transfer itself
 
         with disable_mtp_completeness_check():
             self.model.load_weights(views())
@@ -84,10 +86,10 @@ class SharedFileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._ledger.arrived(entry["name"] for entry in update_info.tensors)
 
     def _keep_unfinished(self, mapped: set[int]) -> None:
-        """Copies what layers still hold of the bucket, whose memory the trainer will overwrite.
+        """Copies what layers still hold of the bucket, whose memory the next one overwrites.
 
         A layer keeps its tensors until its last one arrived, which may be in a later bucket. mapped: addresses of the
-        storages that lie in the bucket.
+        storages that are the bucket's memory.
         """
         for module in self.model.modules():
             for _, call in get_layerwise_info(module).loaded_weights:
@@ -114,4 +116,4 @@ class WorkerExtension:
     """Mixed into vLLM's worker class; importing its module is what registers the backend."""
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, SharedFileEngine)
+WeightTransferEngineFactory.register_engine(BACKEND, BucketEngine)

@@ -38,13 +38,12 @@ Answers = list[list[tuple[int, ...]]]
 
 def make_model(hidden: int, layers: int, path: Path) -> float:
     """A random Llama in float32; returns millions of parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    from tests.engine.bench import save_model
+    from tests.models import random_model, save_model
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = random_model(
+        LlamaConfig,
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -53,11 +52,7 @@ def make_model(hidden: int, layers: int, path: Path) -> float:
         num_key_value_heads=hidden // 64,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
     save_model(model, path)
     return float(sum(p.numel() for p in model.parameters())) / 1e6
 

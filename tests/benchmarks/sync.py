@@ -41,7 +41,7 @@ from grpo_ds.engine import make_engine  # noqa: E402
 from grpo_ds.sync.publish import WeightPublisher  # noqa: E402
 from grpo_ds.sync.segment import Segment  # noqa: E402
 from tests.dist.harness import launch, meet  # noqa: E402
-from tests.engine.bench import save_model  # noqa: E402
+from tests.models import random_model, save_model  # noqa: E402
 
 STEPS = ("pause", "begin_update", "update_bucket", "finish_update", "flush_cache", "version", "resume")
 GOALS = {"write": 0.5, "speedup": 5.0, "memory": 2.0}
@@ -97,10 +97,10 @@ def _anonymous() -> int:
 
 def make_model(dtype: str, path: Path) -> None:
     """135M parameters in the shape of SmolLM: 30 layers, 272 tensors, the head tied to the embedding."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = random_model(
+        LlamaConfig,
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -109,11 +109,8 @@ def make_model(dtype: str, path: Path) -> None:
         num_key_value_heads=3,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
     )
-    save_model(LlamaForCausalLM(config).to(getattr(torch, dtype)), path)
+    save_model(model.to(getattr(torch, dtype)), path)
 
 
 class Bench:
@@ -195,7 +192,7 @@ class Bench:
                 if engine is not None:
                     self.single.view(0, shard.numel, shard.dtype).copy_(shard.param.detach().flatten())
                     entry = {"name": shard.name, "offset": 0, "dtype": self.options["dtype"], "shape": shard.shape}
-                    engine.update_bucket({"path": self.single.path, "nbytes": self.single.nbytes, "tensors": [entry]})
+                    engine.update_bucket({"path": self.single.where, "nbytes": self.single.nbytes, "tensors": [entry]})
         if engine is not None:
             engine.finish_update(version)
             engine.flush_cache()

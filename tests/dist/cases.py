@@ -1,23 +1,27 @@
-"""What the ranks and the tests agree on: tiny models, samples and the list of gradient cases. Data only, no formulas."""
+"""What the ranks and the tests agree on: tiny models, samples, rollouts, the list of gradient cases. No formulas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from grpo_ds.types import Sample
+from tests.models import tiny_qwen3
 
+Placement = Literal["", "loss", "reward"]
+"""Where the KL to the reference stands; "": nowhere."""
 TEMPERATURE = 0.7
 VOCABULARY = 61
 MAX_RESPONSE_TOKENS = 16
 LOSSES = ("vanilla", "gspo", "cispo", "sapo", "gmpo", "gpg", "reinforce")
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+PLACEMENTS: tuple[Placement, ...] = ("", "loss", "reward")
 KL_COEF = 0.3
 
 LENGTHS = (24, 23, 14, 17, 13, 24, 15, 22, 20)
@@ -27,15 +31,23 @@ WITHOUT_RESPONSE = 4
 TIGHT = 24
 FEW = 3
 """With so many samples one of 4 ranks has nothing but an empty micro-batch."""
+PROMPT_TOKENS = 8
+UNSCORED, TRUNCATED = 1, 4
+"""Of the rollouts, which have the same lengths and groups: one without a reward, and one that was cut off."""
+
+SPREADS = (("grpo", "k1"), ("reinforce_plus_plus", "k3"), ("grpo", "abs"), ("reinforce_plus_plus", "k2"))
+"""(estimator, KL estimate) where the KL is placed in the reward."""
+GAMMA = 0.9
 
 
 @dataclass(frozen=True)
 class GradientCase:
-    """One gradient of one optimizer step."""
+    """The gradient of one optimizer step; with the KL in the reward, those of the two steps of a round."""
 
     loss: str = "vanilla"
     mode: str = "token-mean"
-    kl: bool = False
+    kl: Placement = ""
+    spread: tuple[str, str] = SPREADS[0]
     budget: int = TIGHT
     layout: str = "padded"
     shuffle: int = 0
@@ -47,88 +59,117 @@ class GradientCase:
     old: bool = True
     """Old log-probabilities are given; False: the ones being differentiated."""
     mistake: str = ""
-    """A deliberate error, to see that the comparison notices it: unscaled, local_totals."""
+    """A deliberate error, to see that the comparison notices it; MISTAKES has them all."""
 
     @property
     def name(self) -> str:
         """Test id."""
-        parts = [self.loss, self.mode, "kl" if self.kl else "", str(self.budget), self.layout, self.model, self.config]
+        parts = [
+            self.loss,
+            self.mode,
+            self.kl and f"kl-{self.kl}",
+            str(self.budget),
+            self.layout,
+            self.model,
+            self.config,
+        ]
         parts += [f"shuffle{self.shuffle}" if self.shuffle else "", "few" if self.few else "", self.mistake]
         parts += ["-".join(self.importance), "" if self.old else "on-policy"]
+        parts += self.spread if self.kl == "reward" else ()
         return "/".join(p for p in parts if p)
 
     @property
     def truth(self) -> tuple[Any, ...]:
         """Cases with equal truth have the same gradient."""
-        return self.loss, self.mode, self.kl, self.importance, self.model, self.few, self.old
+        return self.loss, self.mode, self.kl, self.spread, self.importance, self.model, self.few, self.old
 
 
 def split_cases() -> list[GradientCase]:
     """Every cut of the same step: micro-batch sizes, layouts, orders of the samples."""
     cut = product(
-        (TIGHT, 64, 1000), ("padded", "packed"), (("token-mean", False), ("seq-mean-token-mean", True)), (0, 7)
+        (TIGHT, 64, 1000), ("padded", "packed"), (("token-mean", ""), ("seq-mean-token-mean", "loss")), (0, 7)
     )
-    cases = [GradientCase(mode=m, kl=kl, budget=b, layout=y, shuffle=s) for b, y, (m, kl), s in cut]
-    cases += [GradientCase(mode="seq-mean-token-mean", kl=True, few=True, layout=y) for y in ("padded", "packed")]
+    cases = [GradientCase(mode=m, kl=kl, budget=b, layout=y, shuffle=s) for b, y, (m, kl), s in cut]  # type: ignore[arg-type]
+    cases += [GradientCase(mode="seq-mean-token-mean", kl="loss", few=True, layout=y) for y in ("padded", "packed")]
     return cases
 
 
-def loss_cases() -> list[GradientCase]:
-    """Every loss x aggregation x KL, every kind of importance weight, tied head, other ZeRO settings."""
-    cases = [GradientCase(loss=n, mode=m, kl=kl) for n, m, kl in product(LOSSES, MODES, (False, True))]
+def other_cases() -> list[GradientCase]:
+    """Every kind of importance weight, one step a round, tied head, other ZeRO settings."""
     kinds = [("off", "truncate"), ("token", "mask"), ("sequence", "truncate"), ("sequence", "mask")]
-    cases += [GradientCase(importance=kind) for kind in kinds]
+    cases = [GradientCase(importance=kind) for kind in kinds]
     cases += [GradientCase(loss=n, old=False) for n in LOSSES]
     cases += [GradientCase(model="tied", budget=b) for b in (TIGHT, 1000)]
-    cases += [GradientCase(config="zero3.json", kl=True, budget=b) for b in (TIGHT, 1000)]
+    cases += [GradientCase(config="zero3.json", kl="loss", budget=b) for b in (TIGHT, 1000)]
     return cases
 
 
 def rotated_cases(world: int) -> list[GradientCase]:
-    """Every loss x aggregation x KL at every world size, each under another cut: 5 and 12 have no common divisor, so
-    neighbouring combinations never share one, and a combination meets a different cut at each world size."""
+    """Every loss x aggregation x KL placement at every world size, each under another cut: 5 and 12 have no common
+    divisor, so neighbouring combinations never share one, and a combination meets a different cut at each world size.
+    """
     cuts = list(product((TIGHT, 64, 1000), ("padded", "packed"), (0, 7)))
-    combinations = enumerate(product(LOSSES, MODES, (False, True)))
+    combinations = enumerate(product(PLACEMENTS, LOSSES, MODES))
     return [
-        GradientCase(loss=n, mode=m, kl=kl, budget=b, layout=y, shuffle=s)
-        for k, (n, m, kl) in combinations
+        GradientCase(loss=n, mode=m, kl=kl, spread=spread_of(kl, n, m), budget=b, layout=y, shuffle=s)
+        for k, (kl, n, m) in combinations
         for b, y, s in [cuts[(5 * k + 3 * world) % len(cuts)]]
     ]
 
 
-MISTAKES = [GradientCase(mistake="unscaled"), GradientCase(mistake="local_totals")]
+def spread_of(kl: Placement, loss: str, mode: str) -> tuple[str, str]:
+    """Every loss and every aggregation meets all of SPREADS."""
+    return SPREADS[(LOSSES.index(loss) + MODES.index(mode)) % len(SPREADS) if kl == "reward" else 0]
+
+
+MISTAKES = [
+    GradientCase(mistake="unscaled"),
+    GradientCase(mistake="local_totals"),
+    *(
+        GradientCase(kl="reward", spread=s, mistake=m)
+        for m in ("mixed_penalties", "lost_penalties")
+        for s in SPREADS[:2]
+    ),
+]
+"""Without the factor W; denominators of the rank alone; penalties come home in another order; those that one rank
+computed are missing."""
 
 
 def gradient_cases(world: int) -> list[GradientCase]:
     """The cases run on `world` ranks."""
-    extra = loss_cases() + MISTAKES if world == 2 else []
-    return list(dict.fromkeys(split_cases() + rotated_cases(world) + extra))
+    on_policy = [GradientCase(kl="reward", spread=s, old=False, budget=64, layout="packed") for s in SPREADS[:2]]
+    extra = other_cases() + MISTAKES if world == 2 else []
+    return list(dict.fromkeys(split_cases() + rotated_cases(world) + on_policy + extra))
 
 
 def make_model(folder: Path, *, tied: bool) -> None:
-    """A Qwen3 of 2 layers whose sizes are odd, so that no shard is even; weights large enough to matter."""
-    torch.manual_seed(11)
-    config = Qwen3Config(
+    """A Qwen3 of 2 layers whose sizes are odd, so that no shard is even."""
+    model = tiny_qwen3(
+        seed=11,
+        tied=tied,
         vocab_size=VOCABULARY,
         hidden_size=33,
         intermediate_size=47,
-        num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=0,
     )
-    model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for name, param in model.named_parameters():
             if name.endswith("norm.weight"):
                 param.add_(0.2 * torch.randn_like(param))
     model.save_pretrained(folder)
+
+
+def make_neighbour(model: Path, folder: Path, seed: int) -> None:
+    """A model whose weights lie close to another's: the policy at the start of a round, or a reference."""
+    random = torch.Generator().manual_seed(seed)
+    other = read_model(model, torch.float32)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.add_(0.01 * torch.randn(param.shape, generator=random))
+    other.save_pretrained(folder)
 
 
 def read_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -168,6 +209,31 @@ def make_samples(model: Any) -> list[dict[str, Tensor]]:
     return out
 
 
+@torch.no_grad()
+def make_rollouts(start: Any) -> list[dict[str, Tensor]]:
+    """Scored responses to the prompts of GROUPS, sampled by something close to the policy `start`; nan: no reward."""
+    random = torch.Generator().manual_seed(8)
+    prompts = torch.randint(2, VOCABULARY, (len(set(GROUPS)), PROMPT_TOKENS), generator=random)
+    out = []
+    for i, (group, length) in enumerate(zip(GROUPS, LENGTHS, strict=True)):
+        answer = torch.randint(2, VOCABULARY, (length - PROMPT_TOKENS,), generator=random)
+        ids = torch.cat([prompts[group], answer])
+        log_p = (start(ids[None], use_cache=False).logits[0] / TEMPERATURE).log_softmax(-1)
+        own = log_p[PROMPT_TOKENS - 1 : -1].gather(1, answer[:, None]).squeeze(1).float()
+        reward = torch.randn((), generator=random)
+        out.append(
+            {
+                "token_ids": ids,
+                "response_mask": torch.arange(length) >= PROMPT_TOKENS,
+                "rollout_logprobs": torch.cat(
+                    [torch.zeros(PROMPT_TOKENS), own + 0.4 * torch.randn(len(own), generator=random)]
+                ),
+                "reward": torch.tensor(torch.nan) if i == UNSCORED else reward,
+            }
+        )
+    return out
+
+
 def as_sample(raw: dict[str, Tensor], prompt_index: int) -> Sample:
     """The project's own type."""
     return Sample(prompt_index, **{k: v for k, v in raw.items() if k not in ("old", "ref")})
@@ -177,10 +243,19 @@ def make_inputs(folder: Path) -> None:
     """Model folders and samples, for ranks to read."""
     for tied in (False, True):
         make_model(folder / ("tied" if tied else "untied"), tied=tied)
+    for seed, name in enumerate(("start", "reference")):
+        make_neighbour(folder / "untied", folder / name, seed)
     torch.save(make_samples(read_model(folder / "untied", torch.float64)), folder / "samples.pt")
+    torch.save(make_rollouts(read_model(folder / "start", torch.float64)), folder / "rollouts.pt")
 
 
 def read_samples(folder: Path) -> list[dict[str, Tensor]]:
     """The samples of `make_inputs`."""
     raw: list[dict[str, Tensor]] = torch.load(folder / "samples.pt", weights_only=True)
+    return raw
+
+
+def read_rollouts(folder: Path) -> list[dict[str, Tensor]]:
+    """The rollouts of `make_inputs`."""
+    raw: list[dict[str, Tensor]] = torch.load(folder / "rollouts.pt", weights_only=True)
     return raw

@@ -5,12 +5,13 @@ Uses nothing of grpo_ds. d = lp - lp_ref, q = lp - lp_old, w = exp(lp_old - lp_r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.dist.cases import KL_COEF, MAX_RESPONSE_TOKENS, TEMPERATURE, GradientCase
+from tests.dist.cases import GAMMA, GROUPS, KL_COEF, MAX_RESPONSE_TOKENS, TEMPERATURE, TRUNCATED, GradientCase
 
 LOW, HIGH = 0.2, 0.28
 UPPER, LOWER = 2.0, 0.5
@@ -47,7 +48,7 @@ def token_losses(case: GradientCase, lp: Tensor, raw: dict[str, Tensor]) -> Tens
     else:
         loss = -a * lp
     loss = loss * _weights(case, old, roll)
-    if case.kl:
+    if case.kl == "loss":
         d = lp - ref
         loss = loss + KL_COEF * ((-d).exp() - 1 + d)
     return loss
@@ -74,6 +75,70 @@ def loss(case: GradientCase, model: Any, samples: list[dict[str, Tensor]]) -> Te
         return torch.stack([p.mean() for p in parts]).mean()
     mean = torch.stack([p.sum() for p in parts]).mean()
     return mean if case.mode == "seq-mean-token-sum" else mean / MAX_RESPONSE_TOKENS
+
+
+_PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "abs": lambda d: d.abs(),
+    "k2": lambda d: d**2 / 2,
+    "k3": lambda d: (-d).exp() - 1 + d,
+}
+
+
+def _grpo(rewards: dict[int, Tensor]) -> dict[int, Tensor]:
+    """(R_i - mean) / (std + 1e-6) of its group; mean 0 and std 1 for one alone."""
+    out = {}
+    for i, row in rewards.items():
+        group = torch.stack([r.sum() for j, r in rewards.items() if GROUPS[j] == GROUPS[i]])
+        mean, std = (group.mean(), group.std()) if len(group) > 1 else (0.0, 1.0)
+        out[i] = ((row.sum() - mean) / (std + 1e-6)).expand_as(row)
+    return out
+
+
+def _reinforce(rewards: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Discounted sums of what follows, whitened over all tokens."""
+    returns = {}
+    for i, row in rewards.items():
+        steps = torch.arange(len(row))
+        powers = GAMMA ** (steps[None, :] - steps[:, None]).clamp(min=0).double()
+        returns[i] = (powers * (steps[None, :] >= steps[:, None]) * row).sum(1)
+    everything = torch.cat(list(returns.values()))
+    scale = (everything.var() + 1e-8).sqrt()
+    return {i: (values - everything.mean()) / scale for i, values in returns.items()}
+
+
+def _penalised(
+    case: GradientCase, policy: Any, models: dict[str, Any], rollouts: list[dict[str, Tensor]]
+) -> dict[int, dict[str, Tensor]]:
+    """The rollouts as samples whose advantages come from rewards with the KL taken off, token by token."""
+    estimator, kind = case.spread
+    samples, rewards = dict(enumerate(rollouts)), {}
+    for i, raw in enumerate(rollouts):
+        if raw["reward"].isnan():
+            del samples[i]
+            continue
+        with torch.no_grad():
+            old = logprobs(models["start"] if case.old else policy, raw)
+            ref = logprobs(models["reference"], raw)
+        rewards[i] = -KL_COEF * _PENALTIES[kind](old - ref)
+        rewards[i][-1] += raw["reward"].double()
+        samples[i] = {**raw, "old": torch.zeros(len(raw["token_ids"]), dtype=torch.float64)}
+        samples[i]["old"][raw["response_mask"]] = old
+    for i, values in (_grpo if estimator == "grpo" else _reinforce)(rewards).items():
+        samples[i]["advantages"] = torch.zeros_like(samples[i]["old"])
+        samples[i]["advantages"][samples[i]["response_mask"]] = values
+        if i == TRUNCATED:
+            samples[i]["response_mask"] = torch.zeros_like(samples[i]["response_mask"])
+    return samples
+
+
+def round_gradients(
+    case: GradientCase, policy: Any, models: dict[str, Any], rollouts: list[dict[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """With the KL in the reward: the gradient of each optimizer step of a round, two groups a step or all in one."""
+    samples = _penalised(case, policy, models, rollouts)
+    steps = ((0, 1), (2, 3)) if case.old else ((0, 1, 2, 3),)
+    return [gradient(case, policy, [raw for i, raw in samples.items() if GROUPS[i] in groups]) for groups in steps]
 
 
 def gradient(case: GradientCase, model: Any, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

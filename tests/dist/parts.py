@@ -9,12 +9,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
 
 from grpo_ds.actor import backend
-from grpo_ds.actor.ds_json import actor_config, load_ds_json
-from grpo_ds.actor.policy import Policy
+from grpo_ds.actor.ds_json import actor_config, load_ds_json, reference_config
+from grpo_ds.actor.policy import Policy, Scorer
 from grpo_ds.batching import SampleSize, UpdatePlan, collate, plan_updates
 from grpo_ds.config import ActorConfig, ImportanceConfig, ModelConfig
 from grpo_ds.dist import Ranks
@@ -61,12 +61,25 @@ def make_policy(
     return Policy(engine, backend.device(ranks), actor, ranks.world)
 
 
+def make_scorer(folder: Path, ranks: Ranks, model: str, config: str) -> Scorer:
+    """The trainer's own path from a model folder to a frozen reference."""
+    full = reference_config(json_of(config), dtype="float32", world=ranks.world)
+    loaded = backend.load_model(model_config(folder / model, "float32"), str(folder / model), "float32", full)
+    engine = backend.build_engine(loaded, full, temperature=TEMPERATURE, chunk=5, actor=None)
+    return Scorer(engine, backend.device(ranks))
+
+
+def actor_of(case: GradientCase) -> ActorConfig:
+    """The recipe's section `actor`."""
+    actor = replace(STILL, loss_agg_mode=case.mode, kl_loss_coef=KL_COEF if case.kl else 0.0)  # type: ignore[arg-type]
+    return replace(actor, kl_placement="reward", kl_loss_type=case.spread[1]) if case.kl == "reward" else actor
+
+
 def make_objective(case: GradientCase) -> Objective:
     known = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
     options = known if case.loss in ("vanilla", "gspo", "cispo", "gmpo") else {}
-    actor = replace(STILL, loss_agg_mode=case.mode, kl_loss_coef=KL_COEF if case.kl else 0.0)  # type: ignore[arg-type]
     level, mode = case.importance
-    return Objective(get_policy_loss(case.loss, **options), actor, ImportanceConfig(level=level, mode=mode))  # type: ignore[arg-type]
+    return Objective(get_policy_loss(case.loss, **options), actor_of(case), ImportanceConfig(level=level, mode=mode))  # type: ignore[arg-type]
 
 
 def per_token(raw: Raw, micro: Sequence[int], name: str) -> Tensor:
@@ -90,6 +103,12 @@ def make_plan(
     )
 
 
+def gradient_of(policy: Policy) -> dict[str, Tensor]:
+    """The accumulated gradient, whole, on every rank."""
+    named = policy.engine.module.named_parameters()
+    return {name.removeprefix(PREFIX): safe_get_full_grad(p).detach().cpu().clone() for name, p in named}
+
+
 def weights_of(policy: Policy) -> dict[str, Tensor]:
     """The float32 master weights, whole, on every rank."""
     named = policy.engine.module.named_parameters()
@@ -105,7 +124,7 @@ def gathered(policy: Policy) -> dict[str, Tensor]:
 
 def run_round(policy: Policy, ranks: Ranks, raw: Raw, losses: list[float] | None = None) -> list[float]:
     """Two optimizer steps; the old log-probabilities are those at the start."""
-    case = GradientCase(budget=64, kl=True)
+    case = GradientCase(budget=64, kl="loss")
     objective = make_objective(case)
     plans = make_plan(raw, GROUPS, ranks, case.budget, case.layout, 2)
     steps = [

@@ -13,9 +13,11 @@ from grpo_ds.actor.export import export_model
 from grpo_ds.actor.policy import Policy
 from grpo_ds.config import SyncConfig
 from grpo_ds.dist import Ranks
+from grpo_ds.engine.base import Carrier, Channel
 from grpo_ds.shards import list_shards
 from grpo_ds.sync.publish import SyncError, WeightPublisher
 from grpo_ds.sync.receive import BucketReader
+from grpo_ds.sync.transport import Kind
 from tests.dist import cases
 from tests.dist.parts import MOVING, gathered, make_policy, run_round
 
@@ -25,6 +27,7 @@ class Receiver:
 
     def __init__(self, fail_at: int = -1) -> None:
         self.reader = BucketReader()
+        self.channel: Channel | None = None
         self.names: tuple[str, ...] = ()
         self.tensors: dict[str, Tensor] = {}
         self.calls: list[str] = []
@@ -39,10 +42,19 @@ class Receiver:
         self.calls.append("begin")
         self.names, self.tensors, self.buckets = tuple(names), {}, 0
 
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
+    def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
         if self.buckets == self.fail_at:
             raise RuntimeError("out of memory in the engine")
         time.sleep(0.01)  # the next bucket is written meanwhile; it must not reach this one's half
+        if carrier is None:
+            self._read(bucket)
+            return
+        if self.channel is None:
+            self.channel = carrier.open("http://127.0.0.1:1", 1)  # whose only worker is this process
+        with self.channel.carry(bucket) as told:
+            self._read(told)
+
+    def _read(self, bucket: dict[str, Any]) -> None:
         self.tensors |= {name: view.clone() for name, view in self.reader.tensors(bucket)}
         self.buckets += 1
 
@@ -63,21 +75,31 @@ class Receiver:
 def sync(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Publications before and after an optimizer step: what the engine holds, and what the policy holds."""
     raw = cases.read_samples(folder)
-    variants = [("untied", "partitioned", "float32", 0), ("tied", "partitioned", "float32", 512)]
+    variants: list[tuple[str, str, str, int, Kind]] = [
+        ("untied", "partitioned", "float32", 0, "shared_memory"),
+        ("tied", "partitioned", "float32", 512, "shared_memory"),
+        ("untied", "partitioned", "float32", 0, "group"),
+    ]
     if ranks.world == 2:
-        variants += [("untied", "zero3.json", "bfloat16", 0), ("untied", "stage2", "float32", 0)]
+        variants += [
+            ("untied", "zero3.json", "bfloat16", 0, "shared_memory"),
+            ("untied", "stage0", "bfloat16", 0, "group"),
+            ("untied", "stage2", "float32", 0, "shared_memory"),
+        ]
     results: dict[str, Any] = {}
-    for model, config, dtype, bucket_mb in variants:
+    for model, config, dtype, bucket_mb, transport in variants:
         policy = make_policy(folder, ranks, MOVING, model=model, config=config, dtype=dtype)
         receiver = Receiver() if ranks.leads_node else None
-        publisher = WeightPublisher(policy.engine.module, ranks, receiver, SyncConfig(bucket_mb=bucket_mb))  # type: ignore[arg-type]
+        settings = SyncConfig(bucket_mb=bucket_mb, verify="full", timeout_s=120)
+        publisher = WeightPublisher(policy.engine.module, ranks, receiver, settings, transport)  # type: ignore[arg-type]
         publisher.publish(1)
         first = receiver.tensors if receiver else {}
         run_round(policy, ranks, raw)
         publisher.publish(2)
         publisher.close()
         held = gathered(policy)
-        results[f"{model}/{config}/{dtype}"] = {
+        name = f"{model}/{config}/{dtype}"
+        results[name if transport == "shared_memory" else f"{name}/{transport}"] = {
             "first": first,
             "second": receiver.tensors if receiver else {},
             "names": list(receiver.names) if receiver else [],

@@ -10,33 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState, load_checkpoint, save_checkpoint
-from grpo_ds.actor.ds_json import reference_config
-from grpo_ds.actor.policy import Policy, Scorer
+from grpo_ds.actor.policy import Policy
 from grpo_ds.batching import UpdatePlan, collate
 from grpo_ds.dist import Ranks
 from grpo_ds.estimators import get_estimator
-from grpo_ds.shards import PREFIX
 from tests.dist import cases
-from tests.dist.cases import GROUPS, KL_COEF, TEMPERATURE, GradientCase
+from tests.dist.cases import GROUPS, KL_COEF, GradientCase
 from tests.dist.parts import (
     MOVING,
     STILL,
     Raw,
-    json_of,
+    gradient_of,
     make_objective,
     make_plan,
     make_policy,
-    model_config,
+    make_scorer,
     per_token,
     run_round,
     weights_of,
 )
 from tests.dist.publication import export, sync
+from tests.dist.road import Frozen, round_gradients
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -68,17 +66,22 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 def gradients(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """{case: {"gradient": by parameter, on rank 0, "norm": ..., "micro_batches": sizes of [rank][micro-batch]}}."""
-    raw = cases.read_samples(folder)
+    """{case: {"gradients": of each optimizer step, by parameter, on rank 0, "norms": ..., "micro_batches": sizes of
+    [step][rank][micro-batch]}}."""
+    raw, rollouts = cases.read_samples(folder), cases.read_rollouts(folder)
     policies: dict[tuple[str, str], Policy] = {}
+    frozen = Frozen(*(make_scorer(folder, ranks, name, "partitioned") for name in ("start", "reference")))
     results = {}
     for case in cases.gradient_cases(ranks.world):
         key = (case.model, case.config)
         if key not in policies:
             policies[key] = make_policy(folder, ranks, STILL, model=case.model, config=case.config)
-        found, norm, plan = _gradient(case, policies[key], ranks, raw)
-        sizes = [[len(micro) for micro in rank] for rank in plan.micro_batches]
-        results[case.name] = {"gradient": found if ranks.is_main else {}, "norm": norm, "micro_batches": sizes}
+        if case.kl == "reward":
+            found, norms, plans = round_gradients(case, policies[key], frozen, ranks, rollouts)
+        else:
+            found, norms, plans = _gradient(case, policies[key], ranks, raw)
+        sizes = [[[len(micro) for micro in rank] for rank in plan.micro_batches] for plan in plans]
+        results[case.name] = {"gradients": found if ranks.is_main else [], "norms": norms, "micro_batches": sizes}
     return results
 
 
@@ -91,7 +94,7 @@ def _order(case: GradientCase) -> list[int]:
 
 def _gradient(
     case: GradientCase, policy: Policy, ranks: Ranks, raw: Raw
-) -> tuple[dict[str, Tensor], float, UpdatePlan]:
+) -> tuple[list[dict[str, Tensor]], list[float], list[UpdatePlan]]:
     """One optimizer step's gradient by the trainer's parts."""
     order = _order(case)
     raw = [raw[i] for i in order]
@@ -117,9 +120,7 @@ def _gradient(
             policy.engine.backward(share, scale_wrt_gas=False)
         else:
             policy.backward(share)
-    named = policy.engine.module.named_parameters()
-    found = {name.removeprefix(PREFIX): safe_get_full_grad(p).detach().cpu().clone() for name, p in named}
-    return found, policy.step(), plan
+    return [gradient_of(policy)], [policy.step()], [plan]
 
 
 def optimizer_steps(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -142,12 +143,7 @@ def reference(folder: Path, ranks: Ranks) -> dict[str, Any]:
     raw = cases.read_samples(folder)
     results = {}
     for name in ("zero_inference.json", "partitioned", "zero_inference_offload.json"):
-        config = reference_config(json_of(name), dtype="float32", world=ranks.world)
-        model = backend.load_model(
-            model_config(folder / "untied", "float32"), str(folder / "untied"), "float32", config
-        )
-        engine = backend.build_engine(model, config, temperature=TEMPERATURE, chunk=5, actor=None)
-        scorer = Scorer(engine, backend.device(ranks))
+        scorer = make_scorer(folder, ranks, "untied", name)
         for layout in ("padded", "packed"):
             (plan,) = make_plan(raw, GROUPS, ranks, 64, layout, len(GROUPS))
             found: dict[int, Tensor] = {}

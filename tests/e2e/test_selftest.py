@@ -1,4 +1,4 @@
-"""`grpo-ds selftest`: passes where nothing moves, and says what moved where something does."""
+"""`grpo-ds selftest`: passes where nothing moves, and says what moved, or why both sides disagree, where not."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.e2e.harness import BIN, free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--recipe", "quickstart.yaml", "--engine.kind", "hf", "--train.prompts_per_round", "4", "--rollout.n", "2"]
+CLI = [sys.executable, "-m", "grpo_ds.cli", "selftest"]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s)
 
 
 def failed(output: str) -> list[str]:
@@ -22,15 +27,28 @@ def failed(output: str) -> list[str]:
 
 
 def test_nothing_moves_at_learning_rate_zero() -> None:
-    done = run(["-m", "grpo_ds.cli", "selftest", *OPTIONS])
+    done = run([*CLI, *OPTIONS])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "selftest: nothing moved" in done.stdout and failed(done.stdout) == []
 
 
-def test_a_gap_above_the_limit_fails_its_lines_only() -> None:
-    done = run(["-m", "grpo_ds.cli", "selftest", *OPTIONS, "--sync.max_logprob_gap", "1e-12"])
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_and_a_real_server_pass_as_well() -> None:
+    """The command of the README, on the recipe of the quick start."""
+    head = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    done = run([*head, "--module", "grpo_ds.selftest", "--recipe", "quickstart.yaml"], timeout_s=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("selftest: nothing moved") == 1 and failed(done.stdout) == []
+    assert all(f"version {k}: max |trainer - engine| log-probability" in done.stdout for k in (0, 1, 2))
+    print(done.stdout[done.stdout.rindex("found") :])
+
+
+def test_a_gap_above_the_limit_fails_its_lines_only_and_is_diagnosed() -> None:
+    done = run([*CLI, *OPTIONS, "--sync.parity_max", "1e-12"])
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
-    assert failed(done.stdout) == [f"round {k}: mean |trainer - engine| log-probability" for k in (0, 1)]
+    assert failed(done.stdout) == [f"version {k}: max |trainer - engine| log-probability" for k in (0, 1, 2)]
+    assert "parity at policy version 2: " in done.stdout and "ruled out: temperature" in done.stdout
 
 
 def test_weights_that_move_are_seen_on_both_sides() -> None:
@@ -39,12 +57,12 @@ def test_weights_that_move_are_seen_on_both_sides() -> None:
         "s.STILL = tuple('1e-3' if word == '0' else word for word in s.STILL); "
         "sys.exit(s.selftest(sys.argv[1:]))"
     )
-    done = run(["-c", code, *OPTIONS, "--actor.lr_warmup_steps", "0"])
+    done = run([sys.executable, "-c", code, *OPTIONS, "--actor.lr_warmup_steps", "0"])
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
     assert failed(done.stdout)[0] == "trainer tensors whose bytes changed"
     assert "the same: max |Δ log-probability|" in failed(done.stdout)
 
 
 def test_a_wrong_option_is_refused() -> None:
-    done = run(["-m", "grpo_ds.cli", "selftest", *OPTIONS, "--actor.lrr", "1"])
+    done = run([*CLI, *OPTIONS, "--actor.lrr", "1"])
     assert done.returncode == 2 and "actor.lr" in done.stderr

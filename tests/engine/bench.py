@@ -7,45 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_ds.config import EngineConfig
 from grpo_ds.engine import make_engine
 from grpo_ds.engine.base import GenerationEngine, RawRollout, Request
+from tests.models import WORDS, save_model, tiny_qwen3
 
-VOCAB = 128
-EOS = 1
 MAX_MODEL_LEN = 256
 
 
 def make_model(tied: bool, seed: int = 0) -> Any:
-    """A random Qwen3 of 0.1M parameters; the wide initialisation keeps greedy choices away from ties."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
+    """A random Qwen3 of 0.1M parameters."""
+    model = tiny_qwen3(
+        seed=seed,
+        tied=tied,
+        vocab_size=WORDS,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        initializer_range=0.2,
     )
-    return Qwen3ForCausalLM(config).float().eval()
-
-
-def save_model(model: Any, path: Path) -> str:
-    model.save_pretrained(path)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t2"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0").save_pretrained(path)
-    return str(path)
+    return model.eval()
 
 
 class Bench:
@@ -84,7 +68,7 @@ def start_bench(kind: str, tied: bool, folder: Path) -> Bench:
 
 def prompt(seed: int, length: int = 40) -> tuple[int, ...]:
     rng = random.Random(seed)
-    return tuple(rng.randrange(3, VOCAB) for _ in range(length))
+    return tuple(rng.randrange(3, WORDS) for _ in range(length))
 
 
 def requests(count: int, seed: int = 100) -> list[Request]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from grpo_ds.engine.base import EngineError, Request, SamplingSpec
-from tests.engine.bench import EOS, MAX_MODEL_LEN, Bench, assert_logprobs_match, prompt, requests
+from tests.engine.bench import MAX_MODEL_LEN, Bench, assert_logprobs_match, prompt, requests
+from tests.models import EOS
 
 FREE = SamplingSpec(n=1, max_tokens=24)
 

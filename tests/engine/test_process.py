@@ -18,7 +18,8 @@ import pytest
 
 from grpo_ds.config import RecipeError
 from grpo_ds.engine.base import EngineError, SamplingSpec
-from tests.engine.bench import make_model, new_engine, requests, save_model
+from tests.engine.bench import make_model, new_engine, requests
+from tests.models import save_model
 
 # A server with a child that ignores SIGTERM and a child in a session of its own.
 FAMILY = """
@@ -58,12 +59,14 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def guarded(log: Path, *command: str) -> subprocess.Popen[bytes]:
-    guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(log), "--", *command]
-    return subprocess.Popen(guard, stdin=subprocess.PIPE)
+    guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(log), "--scratch", str(log.parent / "scratch")]
+    return subprocess.Popen([*guard, "--", *command], stdin=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("how", ["close stdin", "SIGTERM", "SIGINT", "server dies"])
 def test_the_guard_ends_the_servers_whole_family(tmp_path: Path, how: str) -> None:
+    scratch = tmp_path / "scratch" / "deeper"
+    scratch.mkdir(parents=True)
     with guarded(tmp_path / "log", sys.executable, "-c", FAMILY) as guard:
         wait_for("three processes", lambda: len(descendants(guard.pid)) == 3, 10)
         time.sleep(0.3)  # until the stubborn child ignores SIGTERM
@@ -77,6 +80,7 @@ def test_the_guard_ends_the_servers_whole_family(tmp_path: Path, how: str) -> No
             guard.send_signal(getattr(signal, how))
         guard.wait(timeout=10)
         assert gone(family)
+    assert not scratch.parent.exists()
 
 
 def test_the_guard_ends_the_server_when_its_owner_is_killed(tmp_path: Path) -> None:
@@ -117,8 +121,10 @@ def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> It
 def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothing(two_engines: list[Any]) -> None:
     engine = two_engines[0]
     engine.wait_ready()
-    guard = engine._process.pid
+    guard, scratch = engine._process.pid, engine._process._scratch
     family = descendants(guard)
+    sockets = {connection.laddr for process in family for connection in process.net_connections("unix")} - {""}
+    assert sockets and all(str(path).startswith(f"{scratch}/") for path in sockets), sockets
     server = psutil.Process(guard).children()[0]
     assert len(family) >= 2, "the server runs the model in a process of its own"
     killed_at: list[float] = []
@@ -134,23 +140,31 @@ def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothin
     assert time.monotonic() - killed_at[0] < 2
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     wait_for("the engine counted as dead", lambda: not engine.alive(), 2)
+    assert not scratch.exists(), "what a killed server leaves is removed with its folder"
 
 
 def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
     engine = two_engines[1]
     wait_for("vLLM's engine process", lambda: engine_core_runs(engine._process.pid), 200)
-    family = descendants(engine._process.pid)
+    family, scratch = descendants(engine._process.pid), engine._process._scratch
     os.kill(engine._process.pid, signal.SIGKILL)
     wait_for("the end of the server's processes", lambda: gone(family), 20)
+    engine.close()
+    assert not scratch.exists()
 
 
 def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", TRAINER, model_path, str(tmp_path)]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as trainer:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
+    with subprocess.Popen(command, env=env) as trainer:
         wait_for("vLLM's engine process", lambda: engine_core_runs(trainer.pid), 200)
         family = descendants(trainer.pid)
+        assert list(temporary.glob("grpo-ds-*/*")), "the server has sockets"
         trainer.kill()
         wait_for("the end of the server's processes", lambda: gone(family), 20)
+        wait_for("an empty folder for temporary files", lambda: not list(temporary.iterdir()), 5)
 
 
 def test_vllms_own_complaint_about_an_option_reaches_the_user(model_path: str, tmp_path: Path) -> None:
@@ -171,12 +185,6 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
         port = holder.getsockname()[1]
         with pytest.raises(RecipeError, match=f"engine.args.port is {port}"):
             new_engine("vllm", "m", tmp_path, args={"port": port})
-
-
-@pytest.mark.parametrize("url", ["http://10.0.0.1:8000", "https://127.0.0.1:8000", "http://127.0.0.1.example.org:1"])
-def test_only_servers_on_loopback_are_joined(tmp_path: Path, url: str) -> None:
-    with pytest.raises(RecipeError, match="only http:// on 127.0.0.1"):
-        new_engine("vllm", "m", tmp_path, urls=[url])
 
 
 def test_a_server_that_never_answers_is_given_up_with_its_address(tmp_path: Path) -> None:

@@ -14,21 +14,22 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import EngineError, Request, SamplingSpec, stream_seed
+from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.engine.base import EngineError, EngineSettings, Request, SamplingSpec, stream_seed
 from grpo_ds.engine.sampling import draw, restrict_, uniforms
 from grpo_ds.engine.sglang_wire import generate_bodies, parse_response, server_args, update_body
 from grpo_ds.sync.receive_sglang import Receiver, load
 from grpo_ds.types import VersionSpan
 from tests.engine.bench import new_engine
-from tests.engine.test_wire import fake_python, value_of
+from tests.engine.test_wire import value_of
 
 REQUEST = Request((5, 6), 3, "p3")
 SPEC = SamplingSpec(n=2, max_tokens=4)
 
 
-def arguments(user: dict[str, Any], device: str = "cpu") -> list[str]:
-    return server_args(user, "m", "float32", 64, device, 0)
+def arguments(user: dict[str, Any], device: str = "cpu", **config: Any) -> list[str]:
+    settings = EngineSettings("m", "float32", 64, Path("logs"), device, 0)
+    return server_args(EngineConfig(args=user, **config), settings)
 
 
 def output(**changes: Any) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def test_what_only_a_cpu_needs_is_not_told_to_an_accelerator() -> None:
     only_cpu = ("--attention-backend", "--max-total-tokens", "--disable-cuda-graph", "--disable-overlap-schedule")
     assert all(flag in cpu and flag not in cuda for flag in only_cpu)
     assert value_of(cuda, "--device") == "cuda"
+    assert "--enable-memory-saver" in arguments({}, "cuda", sleep=True)
+    assert "--enable-memory-saver" not in [*cuda, *arguments({}, sleep=True)]
 
 
 def test_each_response_has_its_own_seed_and_all_share_one_prefix() -> None:
@@ -91,11 +94,20 @@ def test_answers_keep_their_order_and_version_spans() -> None:
         {"weight_versions": [{"version": "3", "start": 0, "end": 2}]},
         {"finish_reason": None},
         {"finish_reason": {"type": "error"}},
+        {"output_token_logprobs": [], "weight_versions": []},
     ],
 )
 def test_an_answer_that_is_not_whole_is_refused_by_request(changes: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="response 1 of request p3"):
         parse_response([output(), output(**changes)], REQUEST, SPEC)
+
+
+def test_only_an_aborted_response_may_be_empty() -> None:
+    """As SGLang answers for a request that it had not begun."""
+    empty = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort", "message": "Abort in waiting queue"}}}
+    first, second = parse_response([empty, output(finish_reason={"type": "abort"})], REQUEST, SPEC)
+    assert (first.token_ids, first.logprobs, first.finish_reason, first.spans) == ((), (), "abort", ())
+    assert (second.token_ids, second.finish_reason) == ((7, 8, 9), "abort")
 
 
 def test_a_missing_response_is_refused() -> None:
@@ -109,18 +121,6 @@ def test_a_missing_environment_is_answered_with_the_command_that_makes_it(
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     with pytest.raises(RecipeError, match=r"\.venv-sglang does not exist: run `bash launch/setup.sh --engine sglang`"):
         new_engine("sglang", "m", tmp_path)
-
-
-def test_the_servers_key_is_in_its_environment_and_nowhere_else(tmp_path: Path) -> None:
-    script = f'echo "$@" > {tmp_path}/args; env > {tmp_path}/env; exit 1'
-    engine = new_engine("sglang", "m", tmp_path, python=fake_python(tmp_path / "python", script))
-    engine.start()
-    with pytest.raises(EngineError, match="the SGLang server ended with exit code 1"):
-        engine.wait_ready()
-    seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
-    key = seen["GRPO_DS_ENGINE_KEY"]
-    assert len(key) == 32 and key not in (tmp_path / "args").read_text()
-    assert (tmp_path / "sglang_server.log").stat().st_mode & 0o077 == 0, "SGLang writes all its settings to its log"
 
 
 # ---- the loader ----

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import EngineError, Request, SamplingSpec, stream_seed
+from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.engine.base import EngineError, EngineSettings, Request, SamplingSpec, stream_seed
 from grpo_ds.engine.hf import processed_logprobs
 from grpo_ds.engine.vllm_wire import generate_body, parse_response, server_args
 from grpo_ds.sync.receive import BucketReader, NameLedger, checksum
@@ -22,8 +22,9 @@ REQUEST = Request((5, 6), 3, "p3")
 SPEC = SamplingSpec(n=2, max_tokens=4)
 
 
-def arguments(user: dict[str, Any], device: str = "cpu") -> list[str]:
-    return server_args(user, "m", "float32", 64, device, 0)
+def arguments(user: dict[str, Any], device: str = "cpu", **config: Any) -> list[str]:
+    settings = EngineSettings("m", "float32", 64, Path("logs"), device, 0)
+    return server_args(EngineConfig(args=user, **config), settings)
 
 
 def value_of(words: list[str], flag: str) -> str:
@@ -58,6 +59,12 @@ def test_options_that_updates_depend_on_are_refused() -> None:
         arguments({"logprobs-mode": "raw_logprobs"})
 
 
+def test_the_server_can_sleep_only_where_there_is_memory_to_give_back() -> None:
+    assert "--enable-sleep-mode" in arguments({}, "cuda", sleep=True)
+    assert "--no-enable-sleep-mode" in arguments({}, "cuda")
+    assert not any("sleep" in word for word in arguments({}, sleep=True))
+
+
 def test_one_process_runs_the_model_only_where_one_is_asked_for_on_cpu() -> None:
     assert value_of(arguments({}), "--distributed-executor-backend") == "uni"
     assert "--distributed-executor-backend" not in arguments({"tensor_parallel_size": 2})
@@ -79,11 +86,19 @@ def test_answers_are_put_in_order_and_keep_their_version_spans() -> None:
         {"weight_versions": None},
         {"weight_versions": [{"version": "3", "start": 0, "end": 2}]},
         {"finish_reason": "error"},
+        {"token_ids": [], "logprobs": {"content": []}, "weight_versions": []},
     ],
 )
 def test_an_answer_that_is_not_whole_is_refused_by_request(changes: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="response 1 of request p3"):
         parse_response({"choices": [choice(0), choice(1, **changes)]}, REQUEST, SPEC)
+
+
+def test_only_an_aborted_response_may_be_empty() -> None:
+    empty = {"token_ids": [], "logprobs": None, "weight_versions": None, "finish_reason": "abort"}
+    first, second = parse_response({"choices": [choice(0, **empty), choice(1, finish_reason="abort")]}, REQUEST, SPEC)
+    assert (first.token_ids, first.logprobs, first.finish_reason, first.spans) == ((), (), "abort", ())
+    assert (second.token_ids, second.finish_reason) == ((7, 8, 9), "abort")
 
 
 def test_a_missing_response_is_refused() -> None:
@@ -159,7 +174,20 @@ def test_the_server_does_not_see_the_trainers_process_group(tmp_path: Path, monk
         engine.wait_ready()
     seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(seen)
-    assert (seen["VLLM_SERVER_DEV_MODE"], seen["OMP_NUM_THREADS"]) == ("1", "3")
+    assert seen["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_servers_key_is_in_its_environment_and_nowhere_else(tmp_path: Path) -> None:
+    script = f'echo "$@" > {tmp_path}/args; env > {tmp_path}/env; exit 1'
+    engine = new_engine("vllm", "m", tmp_path, python=fake_python(tmp_path / "python", script))
+    engine.start()
+    with pytest.raises(EngineError, match="the vLLM server ended with exit code 1"):
+        engine.wait_ready()
+    seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    key = seen["GRPO_DS_ENGINE_KEY"]
+    assert len(key) == 32 and key not in (tmp_path / "args").read_text()
+    assert (tmp_path / "vllm_server.log").stat().st_mode & 0o077 == 0
+    assert not Path(seen["TMPDIR"]).exists(), "the server's temporary files end with it"
 
 
 def test_a_python_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ class Cluster:
 
     def lose_node(self, name: str) -> list[psutil.Process]:
         """Kills the node's slurmd and everything that runs on it, as a power cut does."""
-        victims = [p for p in self.processes() if _variable(p, "SLURMD_NODENAME") == name]
+        victims = [p for p in self.processes() if variable(p, "SLURMD_NODENAME") == name]
         steps = [p for p in psutil.process_iter() if self._is_step_daemon(p, name)]
         daemon = self.daemons.pop(name)
         for process in [psutil.Process(daemon.pid), *steps, *victims]:
@@ -176,7 +176,7 @@ class Cluster:
         try:
             if not process.name().startswith("slurmstepd"):
                 return False
-            return any(_variable(child, "SLURMD_NODENAME") == name for child in process.children())
+            return any(variable(child, "SLURMD_NODENAME") == name for child in process.children())
         except psutil.NoSuchProcess:
             return False
 
@@ -186,7 +186,7 @@ class Cluster:
         return [
             p
             for p in psutil.process_iter()
-            if _variable(p, "GRPO_DS_SLURM_TEST") == mark and _variable(p, "SLURM_JOB_ID") and _lives(p)
+            if variable(p, "GRPO_DS_SLURM_TEST") == mark and variable(p, "SLURM_JOB_ID") and _lives(p)
         ]
 
     # ---- the user's commands ----
@@ -206,9 +206,15 @@ class Cluster:
 
     def submit(self, cwd: Path, *options: str, arguments: list[str], nodes: str = "2") -> Job:
         """sbatch launch/slurm.sbatch with one task a node."""
-        words = ["sbatch", "--parsable", f"--nodes={nodes}", "--ntasks-per-node=1", *options]
-        script = str(ROOT / "launch" / "slurm.sbatch")
-        return Job(self, self.command(*words, script, *arguments, cwd=cwd).strip(), cwd)
+        return self._submit(cwd, f"--nodes={nodes}", "--ntasks-per-node=1", *options, "slurm.sbatch", *arguments)
+
+    def submit_with_engines(self, cwd: Path, arguments: list[str]) -> Job:
+        """sbatch launch/slurm_engines.sbatch: one node trains, the other one serves."""
+        return self._submit(cwd, "slurm_engines.sbatch", *arguments)
+
+    def _submit(self, cwd: Path, *words: str) -> Job:
+        words = tuple(str(ROOT / "launch" / word) if word.endswith(".sbatch") else word for word in words)
+        return Job(self, self.command("sbatch", "--parsable", *words, cwd=cwd).strip(), cwd)
 
 
 class Job:
@@ -233,6 +239,12 @@ class Job:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(f"the end of job {self.number}:\n{self.screen[-3000:]}", lambda: self.state in ended, timeout_s)
         return self.state
+
+    def minutes(self) -> int:
+        """Whole minutes that it has run; SLURM shows [[days-]hours:]minutes:seconds."""
+        words = [int(word) for word in self.show("RunTime").replace("-", ":").split(":")]
+        seconds = sum(word * unit for word, unit in zip(reversed(words), (1, 60, 3600, 86400), strict=False))
+        return seconds // 60
 
     def start_now(self) -> None:
         """SLURM lets a job that is queued again wait two minutes; a test does not.
@@ -260,14 +272,23 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         def number(process: psutil.Process) -> str:
-            if array := _variable(process, "SLURM_ARRAY_JOB_ID"):
-                return f"{array}_{_variable(process, 'SLURM_ARRAY_TASK_ID')}"
-            return _variable(process, "SLURM_JOB_ID")
+            if array := variable(process, "SLURM_ARRAY_JOB_ID"):
+                return f"{array}_{variable(process, 'SLURM_ARRAY_TASK_ID')}"
+            return variable(process, "SLURM_JOB_ID")
 
         return [p for p in self.cluster.processes() if number(p) == self.number]
 
 
-def _variable(process: psutil.Process, name: str) -> str:
+def command_line(process: psutil.Process) -> str:
+    """Empty when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def variable(process: psutil.Process, name: str) -> str:
+    """A variable of its environment; empty when it has none, or has ended."""
     try:
         return str(process.environ().get(name, ""))
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, ProcessLookupError):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.harness import Launched, read_jsonl, run
-from tests.slurm.cluster import Cluster, Job, wait_for
+from tests.slurm.cluster import Cluster, Job, command_line, variable, wait_for
+from tests.slurm.pace import Pace
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -49,145 +52,144 @@ def queued_again(job: Job) -> None:
     nothing_left(job)
 
 
-def test_two_nodes_of_one_rank_learn_what_one_node_of_two_ranks_learns(
-    cluster: Cluster, home: Path, recipe: Path, tmp_path: Path
+def mean(rounds: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(m[key] for m in rounds) / len(rounds)
+
+
+def test_the_quick_start_learns_on_two_nodes_with_an_engine_each_as_on_one_node(
+    cluster: Cluster, home: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--recipe", str(recipe), "--train.checkpoint_every", "0"]
-    job = cluster.submit(home, arguments=arguments)
-    assert job.wait(START_S) == "COMPLETED", job.screen
+    """vLLM on both nodes; the first step's losses are those of one node with two ranks and one engine."""
+    quick_start = ["--recipe", "quickstart.yaml", "--train.checkpoint_every", "0", "--actor.lr_warmup_steps", "2"]
+    job = cluster.submit(home, arguments=[*quick_start, "--train.rounds", "20"])
+    assert job.wait(2 * START_S) == "COMPLETED", job.screen
     nothing_left(job)
     (tmp_path / "one").mkdir()
-    one_node = run(arguments, tmp_path / "one", "deepspeed")
+    one_node = run([*quick_start, "--train.rounds", "1", "--data.heldout", "null"], tmp_path / "one", "deepspeed")
     assert one_node.process.returncode == 0, one_node.screen
 
-    assert len(metrics(job)) == len(metrics(one_node)) == 5
-    for one, other in zip(metrics(one_node), metrics(job), strict=True):
-        same(one, other)
+    same(metrics(one_node)[0], metrics(job)[0])
+    first, last = metrics(job)[:5], metrics(job)[-5:]
+    assert mean(last, "score_all") > mean(first, "score_all") + 0.1
+    summary = json.loads((job.folder / "summary.json").read_text())
+    assert summary["heldout_after"] > summary["heldout_before"] + 0.1
+    assert all(m["logprob_gap"] < 1e-3 for m in metrics(job))
     assert json.loads((job.folder / "manifest.json").read_text())["ranks"] == 2
+    servers = sorted(file.parent.name for file in (job.folder / "logs").glob("*/vllm_server.log"))
+    assert servers == ["node-0", "node-1"]
     nodes = {file.stem.rpartition("-")[2] for file in (job.folder / "rollouts").iterdir()}
     assert nodes == {"0", "1"}, "each node generated its share"
     logs = home / "runs" / "slurm" / job.number
     assert sorted(file.name for file in logs.iterdir()) == ["node-0.log", "node-1.log"]
-    assert "round    5/5" in (logs / "node-0.log").read_text()
+    assert "round   20/20" in (logs / "node-0.log").read_text()
 
 
-def test_usr1_leads_to_a_checkpoint_and_a_second_start_that_finishes(
-    cluster: Cluster, home: Path, recipe: Path
-) -> None:
-    rounds = 30
-    job = cluster.submit(
-        home, arguments=["--recipe", str(recipe), "--train.rounds", str(rounds), "--train.checkpoint_every", "0"]
-    )
+def test_engines_may_have_nodes_of_their_own(cluster: Cluster, home: Path) -> None:
+    """A heterogeneous job: n1 trains, n2 serves, and the weights go from one to the other in a process group."""
+    arguments = ["--recipe", "quickstart.yaml", "--train.rounds", "4", "--data.heldout", "null"]
+    job = cluster.submit_with_engines(home, [*arguments, "--sync.transport", "group", "--sync.verify", "full"])
     wait_rounds(job, 1)
-    cluster.command("scancel", "--signal=USR1", "--batch", job.number)
-    queued_again(job)
-    done = job.rounds()
-    assert 1 <= done < rounds, "it stopped between two rounds, before its end"
-    (checkpoint,) = (job.folder / "checkpoints").glob("round-*")
-    assert checkpoint.name == f"round-{done:06d}"
-    assert "stopped: on request" in job.screen
-    job.start_now()
+    ranks = [p for p in cluster.processes() if _is_rank(p)]
+    servers = [p for p in cluster.processes() if "grpo_ds.engine.serve" in command_line(p)]
+    assert [variable(p, "SLURMD_NODENAME") for p in ranks] == ["n1"]
+    assert {variable(p, "SLURMD_NODENAME") for p in servers} == {"n2"}
+    secret = variable(ranks[0], "GRPO_DS_ENGINE_KEY")
+    assert len(secret) == 64 and {variable(p, "GRPO_DS_ENGINE_KEY") for p in servers} == {secret}
+    commands = "\n".join(command_line(p) for p in cluster.processes())
     assert job.wait(START_S) == "COMPLETED", job.screen
-    assert f"resumed from {checkpoint}" in job.screen
-    assert [m["round"] for m in metrics(job)] == list(range(rounds))
-    assert (job.folder / "summary.json").is_file()
+    wait_for("the end of ranks and servers", lambda: not cluster.processes(), ENDS_S)
+    assert [m["round"] for m in metrics(job)] == list(range(4))
+    assert all(m["logprob_gap"] < 1e-3 for m in metrics(job)), "the engine had the weights of every round"
+    assert secret not in commands + job.screen
+    assert not list((job.folder / "logs").glob("**/vllm_server.log")), "no engine was started on the training node"
 
 
-def test_the_signal_before_the_time_limit_does_the_same(cluster: Cluster, home: Path, recipe: Path) -> None:
-    """SLURM sends it by itself: a limit of two minutes, and the signal 100 s before."""
-    job = cluster.submit(
-        home,
-        *("--time=2", "--signal=B:USR1@60"),
-        arguments=["--recipe", str(recipe), "--train.rounds", "100000", "--train.checkpoint_every", "0"],
-    )
+def test_two_jobs_at_once_of_which_slurm_stops_one_before_its_time_limit(
+    cluster: Cluster, home: Path, recipe: Path, pace: Pace
+) -> None:
+    """Two tasks of an array, each on both nodes, with the same seed.
+
+    One gets a time limit: SLURM's signal makes it write a checkpoint and wait in the queue. The other one is not
+    disturbed, and in the end both have the same losses in every round.
+    """
+    rounds = 40
+    pace.slow()
+    arguments = ["--recipe", str(recipe), "--train.rounds", str(rounds), "--train.checkpoint_every", "0"]
+    array = cluster.submit(home, "--array=0-1", "--time=60", "--signal=B:USR1@90", arguments=arguments)
+    tasks = [Job(cluster, f"{array.number}_{k}", home) for k in range(2)]
+    for task in tasks:
+        wait_rounds(task, 1)
+    assert [task.state for task in tasks] == ["RUNNING", "RUNNING"]
+    # The last task to start bears the number of the whole array, which must not be queued again with it.
+    (whole,) = [task for task in tasks if task.show("JobId") == array.number]
+    (other,) = [task for task in tasks if task is not whole]
+    cluster.command("scontrol", "update", f"JobId={whole.number}", f"TimeLimit={whole.minutes() + 2}")
+    queued_again(whole)
+    done = whole.rounds()
+    assert 1 <= done < rounds, "it stopped between two rounds, before its end"
+    (checkpoint,) = (whole.folder / "checkpoints").glob("round-*")
+    assert checkpoint.name == f"round-{done:06d}"
+    assert "stopped: on request" in whole.screen
+
+    pace.free()
+    cluster.command("scontrol", "update", f"JobId={whole.number}", "TimeLimit=60")
+    whole.start_now()
+    assert [other.wait(START_S), whole.wait(START_S)] == ["COMPLETED", "COMPLETED"], other.screen + whole.screen
+    assert other.show("Restarts") == "0" and whole.show("Restarts") == "1"
+    assert f"resumed from {checkpoint}" in whole.screen
+    assert (whole.folder / "summary.json").is_file()
+    assert [m["round"] for m in metrics(whole)] == [m["round"] for m in metrics(other)] == list(range(rounds))
+    for one, two in zip(metrics(other), metrics(whole), strict=True):
+        same(one, two)
+    ports = {task.screen.partition("meeting at ")[2].partition(",")[0] for task in tasks}
+    assert len(ports) == 2, ports
+
+
+def test_a_cancelled_job_leaves_nothing_behind(cluster: Cluster, home: Path, recipe: Path, pace: Pace) -> None:
+    pace.slow()
+    job = cluster.submit(home, arguments=["--recipe", str(recipe), "--train.rounds", "1000"])
     wait_rounds(job, 1)
-    queued_again(job)
-    assert list((job.folder / "checkpoints").glob("round-*"))
-
-
-def test_a_cancelled_job_leaves_nothing_behind(cluster: Cluster, home: Path, recipe: Path) -> None:
-    job = cluster.submit(home, arguments=["--recipe", str(recipe), "--train.rounds", "100000"])
-    wait_rounds(job, 1)
-    assert {p.environ().get("SLURMD_NODENAME") for p in job.processes()} == {"n1", "n2"}
+    assert {variable(p, "SLURMD_NODENAME") for p in job.processes()} == {"n1", "n2"}
     cluster.command("scancel", job.number)
     assert job.wait(ENDS_S) == "CANCELLED"
     nothing_left(job)
 
 
-def test_two_jobs_on_the_same_nodes_do_not_disturb_each_other(cluster: Cluster, home: Path, recipe: Path) -> None:
-    arguments = ["--recipe", str(recipe), "--train.rounds", "12", "--train.checkpoint_every", "0"]
-    jobs = [cluster.submit(home, arguments=arguments) for _ in range(2)]
-    wait_for("both run", lambda: [job.state for job in jobs] == ["RUNNING", "RUNNING"], START_S)
-    assert [job.wait(2 * START_S) for job in jobs] == ["COMPLETED", "COMPLETED"], "\n".join(j.screen for j in jobs)
-    first, second = (metrics(job) for job in jobs)
-    assert len(first) == len(second) == 12
-    for one, other in zip(first, second, strict=True):
-        same(one, other)
-    ports = {job.screen.partition("meeting at ")[2].partition(",")[0] for job in jobs}
-    assert len(ports) == 2, ports
-
-
-def test_a_task_of_an_array_is_queued_again_alone(cluster: Cluster, home: Path, recipe: Path) -> None:
-    arguments = ["--recipe", str(recipe), "--train.rounds", "30", "--train.checkpoint_every", "0"]
-    array = cluster.submit(home, "--array=0-1", arguments=arguments, nodes="1")
-    tasks = [Job(cluster, f"{array.number}_{k}", home) for k in range(2)]
-    for task in tasks:
-        wait_rounds(task, 1)
-    # The last task to start bears the number of the whole array.
-    (whole,) = [task for task in tasks if task.show("JobId") == array.number]
-    (other,) = [task for task in tasks if task is not whole]
-    cluster.command("scancel", "--signal=USR1", "--batch", whole.number)
-    queued_again(whole)
-    assert other.wait(START_S) == "COMPLETED", other.screen
-    assert other.show("Restarts") == "0"
-    whole.start_now()
-    assert whole.wait(START_S) == "COMPLETED", whole.screen
-    assert [m["round"] for m in metrics(whole)] == list(range(30))
-
-
-def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(cluster: Cluster, home: Path, recipe: Path) -> None:
-    """n2 disappears for good: the ranks of n1 end, the job is queued again and finishes on one node."""
-    rounds = 20
+def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
+    cluster: Cluster, home: Path, recipe: Path, pace: Pace
+) -> None:
+    """n2 disappears for good: the rank of n1 names it and ends, the job is queued again and finishes on one node."""
+    rounds = 12
+    pace.slow()
     job = cluster.submit(
-        home,
-        arguments=["--recipe", str(recipe), "--train.rounds", str(rounds), "--train.checkpoint_every", "1"],
+        home, arguments=["--recipe", str(recipe), "--train.rounds", str(rounds), "--train.checkpoint_every", "1"]
     )
     wait_rounds(job, 2)
     assert job.show("NumNodes") == "2"
-    survivors = [p for p in job.processes() if p.environ().get("SLURMD_NODENAME") == "n1"]
+    survivors = [p for p in job.processes() if variable(p, "SLURMD_NODENAME") == "n1" and _is_rank(p)]
     started = time.monotonic()
     victims = cluster.lose_node("n2")
-    assert any("launch/train.py" in " ".join(p.cmdline()) for p in survivors) and victims
-    wait_for("the end of all ranks", lambda: not any(p.is_running() for p in survivors if "train.py" in _line(p)), 60)
+    assert len(survivors) == 1 and victims
+    wait_for("the end of all ranks", lambda: not any(p.is_running() for p in survivors), 60)
     assert time.monotonic() - started < 60
     queued_again(job)
     done = job.rounds()
     assert done < rounds
+    assert "stopped: " in job.screen and "no answer from rank 1 on n2" in job.screen, "the rank names the lost node"
+    assert "queued again: lost n2" in job.screen, "so does the job"
     wait_for("SLURM to notice", lambda: "n2 down" in cluster.command("sinfo", "-h", "-N", "-o", "%N %T"), 120)
     cluster.command("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1")
+    pace.free()
     job.start_now()
     assert job.wait(START_S) == "COMPLETED", job.screen
-    assert "n2" in job.screen.partition("meeting at")[2].partition("meeting at")[0], "the lost node is named"
     assert job.show("NumNodes") == "1"
     assert [m["round"] for m in metrics(job)] == list(range(rounds))
     assert json.loads((job.folder / "manifest.json").read_text())["ranks"] == 1
 
 
-def _line(process: Any) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except Exception:  # it has ended
-        return ""
-
-
-def test_each_node_has_a_server_of_its_own(cluster: Cluster, home: Path) -> None:
-    """The quickstart recipe with vLLM on both nodes."""
-    job = cluster.submit(home, arguments=["--recipe", "quickstart.yaml", "--train.rounds", "2"])
-    assert job.wait(2 * START_S) == "COMPLETED", job.screen
-    nothing_left(job)
-    servers = sorted(file.parent.name for file in (job.folder / "logs").glob("*/vllm_server.log"))
-    assert servers == ["node-0", "node-1"]
-    assert all(m["logprob_gap"] < 1e-3 for m in metrics(job))
+def _is_rank(process: psutil.Process) -> bool:
+    """python launch/train.py ...; srun names the script further behind."""
+    return command_line(process).split()[1:2] == ["launch/train.py"]
 
 
 def test_a_wrong_recipe_fails_at_once_and_is_not_queued_again(cluster: Cluster, home: Path) -> None:

@@ -18,8 +18,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+@pytest.fixture(scope="module", params=["auto", "group"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("sync")
     command = [
         sys.executable,
@@ -33,6 +33,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     options = ["--recipe", "quickstart.yaml", "--run.dir", str(folder), "--train.prompts_per_round", "8"]
     # Every group is trained on and none is carried, so all samples of a round are fresh. Buckets of 1 MiB: several.
     options += ["--algorithm.filter_groups.enable", "false", "--sync.bucket_mb", "1", "--actor.lr", "1e-3"]
+    options += ["--sync.transport", request.param]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "sync" / "trained_policy.py"), *options],
         cwd=ROOT,
@@ -41,6 +42,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
         text=True,
         timeout=280,
     )
+    way = {"auto": "shared_memory: the engine is on this node", "group": "group: sync.transport says so"}[request.param]
+    assert f"weights reach the engine by {way}" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     return dict(json.loads(lines[0].removeprefix("REPORT ")))

@@ -11,9 +11,11 @@ import torch
 
 from grpo_ds.config import EngineConfig, SyncConfig
 from grpo_ds.dist import Ranks
+from grpo_ds.engine.base import Carrier
 from grpo_ds.engine.hf import HfEngine
 from grpo_ds.sync.publish import VERIFY_EVERY, SyncError, WeightPublisher, verified
-from tests.engine.bench import MAX_MODEL_LEN, make_model, save_model
+from tests.engine.bench import MAX_MODEL_LEN, make_model
+from tests.models import save_model
 
 VICTIM = "model.layers.1.self_attn.k_proj.weight"
 
@@ -24,14 +26,14 @@ class Flipping(HfEngine):
     victim: str | None = None
     sums: list[dict[str, int]]
 
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
+    def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
         self.sums.append(bucket["sums"])
         for entry in bucket["tensors"]:
             if entry["name"] == self.victim:
                 with open(bucket["path"], "r+b") as file:
                     byte = os.pread(file.fileno(), 1, entry["offset"] + 5)
                     os.pwrite(file.fileno(), bytes([byte[0] ^ 1]), entry["offset"] + 5)
-        super().update_bucket(bucket)
+        super().update_bucket(bucket, carrier)
 
 
 class Wrapped(torch.nn.Module):
@@ -51,19 +53,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flipping]:
     made.close()
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        made = Ranks(60.0)
-        made.connect("gloo")
-        yield made
-        made.close()
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-
-
 def publisher(engine: Flipping, ranks: Ranks, verify: str, victim: str | None) -> WeightPublisher:
     engine.sums, engine.victim = [], victim
     config = SyncConfig(bucket_mb=1, verify=verify)  # type: ignore[arg-type]
@@ -75,7 +64,7 @@ def sent(engine: Flipping) -> set[str]:
 
 
 def test_a_flipped_byte_is_refused_and_the_tensor_named(engine: Flipping, ranks: Ranks) -> None:
-    with pytest.raises(SyncError, match=rf"version 3 failed in step `last bucket`: .*{VICTIM}: checksum"):
+    with pytest.raises(SyncError, match=rf"version 3 failed in step `bucket 1`: .*{VICTIM}: checksum"):
         publisher(engine, ranks, "full", VICTIM).publish(3)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo_ds.config import EngineConfig
-from grpo_ds.engine.base import EngineError, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.base import EngineError, OnAnswer, RawRollout, Request, SamplingSpec
 from grpo_ds.engine.pool import EnginePool
 from grpo_ds.types import VersionSpan
 
@@ -26,6 +26,14 @@ class Diary:
     fails_to_start: int = 0
     """How many restarts fail."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    must_ask: frozenset[int] = frozenset()
+    """Replicas that must have been asked something before any other answers: thread luck decides nothing."""
+
+    def wait_until_asked(self) -> None:
+        """Waits until all of must_ask were asked."""
+        wait_for(
+            f"requests to replicas {set(self.must_ask)}", lambda: self.must_ask <= {r for r, _ in list(self.asked)}
+        )
 
 
 class FakeEngine:
@@ -39,12 +47,17 @@ class FakeEngine:
         diary.made.append(self)
         self.held = 0
         self.open = False
+        self.paused = False
+        self.aborts = 0
+        self.holds: Callable[[Request], bool] = lambda request: False
+        """Which requests are not answered yet."""
         self.closed = False
         self.dead = False
         self.stopped = False
         self.rubbish: Rubbish | None = None
         self.one_at_a_time = threading.Lock()
         self.before_answer: Callable[[], None] = lambda: None
+        """Called for one request after the other."""
 
     def _reach(self) -> None:
         """As a request over HTTP: refused by a dead server, not answered by a stopped one until that is killed."""
@@ -68,27 +81,43 @@ class FakeEngine:
     def alive(self) -> bool:
         return not self.dead
 
-    def generate(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[RawRollout]]:
+    def generate(
+        self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
+    ) -> list[list[RawRollout]]:
         (request,) = requests
+        began, flight = self.held, self.aborts
         with self.diary.lock:
             self.diary.asked.append((self.index, request.request_id))
+        self.diary.wait_until_asked()
         with self.one_at_a_time:
             time.sleep(self.seconds)
-        self.before_answer()
+            self.before_answer()
+        while (self.paused or self.holds(request)) and flight == self.aborts and not self.dead:
+            time.sleep(0.002)
         self._reach()
+        if flight != self.aborts:
+            return [[RawRollout((), (), "abort", ())] * spec.n]
         if self.open:
             raise AssertionError("asked to generate in the middle of a weight update")
-        answer = answer_to(request, spec, self.held)
+        answer = answer_to(request, spec, self.held, began)
         return [self.rubbish(answer) if self.rubbish else answer]
+
+    def abort(self) -> None:
+        self._reach()
+        self.aborts += 1
+
+    def sleep(self) -> None:
+        self._reach()
 
     def pause(self) -> None:
         self._reach()
+        self.paused = True
 
     def begin_update(self, names: Sequence[str]) -> None:
         self._reach()
         self.open = True
 
-    def update_bucket(self, bucket: dict[str, Any]) -> None:
+    def update_bucket(self, bucket: dict[str, Any], carrier: Any = None) -> None:
         self._reach()
 
     def finish_update(self, version: int) -> None:
@@ -100,14 +129,20 @@ class FakeEngine:
 
     def resume(self) -> None:
         self._reach()
+        self.paused = False
 
     def version(self) -> int:
         self._reach()
         return self.held
 
 
-def answer_to(request: Request, spec: SamplingSpec, version: int) -> list[RawRollout]:
-    return [RawRollout((request.seed + k,), (-1.0,), "stop", (VersionSpan(version, 0, 1),)) for k in range(spec.n)]
+def answer_to(request: Request, spec: SamplingSpec, version: int, began: int | None = None) -> list[RawRollout]:
+    """One token a response; one more of policy `began` before it, when that was another one."""
+    spans = (VersionSpan(version, 0, 1),)
+    if began not in (None, version):
+        spans = (VersionSpan(began, 0, 1), VersionSpan(version, 1, 2))
+    size = len(spans)
+    return [RawRollout((request.seed + k,) * size, (-1.0,) * size, "stop", spans) for k in range(spec.n)]
 
 
 def without_logprobs(answer: list[RawRollout]) -> list[RawRollout]:
@@ -142,3 +177,55 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) 
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.005)
+
+
+class OneRank:
+    """The only rank of the only node."""
+
+    node, nodes = 0, 1
+
+    def all_gather(self, value: Any, what: str) -> list[Any]:
+        return [value]
+
+
+class Meeting:
+    """All-gather between threads that play ranks, each the lead of a node."""
+
+    def __init__(self, world: int) -> None:
+        self._barrier = threading.Barrier(world, timeout=30)
+        self._values: list[Any] = [None] * world
+
+    def rank(self, number: int) -> Any:
+        meeting = self
+
+        class Rank:
+            node, nodes = number, len(meeting._values)
+
+            def all_gather(self, value: Any, what: str) -> list[Any]:
+                meeting._values[number] = value
+                meeting._barrier.wait()
+                values = list(meeting._values)
+                meeting._barrier.wait()
+                return values
+
+        return Rank()
+
+    def play(self, part: Callable[[int, Any], None]) -> None:
+        """Runs part(number, rank) of all ranks at once; raises what the first of them raised."""
+        failures: list[BaseException] = []
+
+        def run(number: int) -> None:
+            try:
+                part(number, self.rank(number))
+            except BaseException as error:  # raised below
+                failures.append(error)
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(len(self._values))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        if failures:
+            raise failures[0]
+        assert not any(thread.is_alive() for thread in threads)

@@ -20,16 +20,9 @@ from grpo_ds.config import (
     TrainConfig,
 )
 from grpo_ds.filters import get_filter
+from grpo_ds.inflight import Foreground
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
-
-
-class OneRank:
-    """The only rank of the only node."""
-
-    node, nodes = 0, 1
-
-    def all_gather(self, value: Any, what: str) -> list[Any]:
-        return [value]
+from tests.unit.engine_fakes import OneRank
 
 
 class Endless:
@@ -53,7 +46,8 @@ class World:
             train=TrainConfig(prompts_per_round=3),
         )
         keep = get_filter("dynamic_sampling")
-        self.collector = Collector(recipe, OneRank(), Endless(), keep, self._sample, self._grade)  # type: ignore[arg-type]
+        generation = Foreground(self._sample)
+        self.collector = Collector(recipe, OneRank(), Endless(), keep, generation, self._grade)  # type: ignore[arg-type]
 
     def _sample(self, prompts: list[Prompt], purpose: str, round_index: int) -> list[list[Rollout]]:
         self.asked.append((purpose, round_index, [p.index for p in prompts]))

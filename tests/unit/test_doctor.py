@@ -107,14 +107,16 @@ def test_a_port_that_is_taken_or_closed_is_named() -> None:
     assert "has no address here" in check_port("no-such-host.invalid", port, False, 0.3).problem
 
 
-def test_the_table_ends_with_the_first_problem() -> None:
+def test_the_table_ends_with_the_problems_in_order() -> None:
     shown = table([Finding("a", "1"), Finding("bcd", "2", "broken: mend it"), Finding("e", "3", "also")])
     assert shown.splitlines() == [
         "a    ok     1",
         "bcd  WRONG  2",
         "e    WRONG  3",
         "doctor: bcd: broken: mend it",
+        "doctor: e: also",
     ]
+    assert table([Finding("a", "1")]).splitlines() == ["a  ok     1", "doctor: all is well"]
 
 
 @pytest.mark.slow

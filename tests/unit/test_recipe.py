@@ -73,11 +73,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path) -
         ({"model": {"path": "m"}}, ["data.train"]),
     ],
 )
-def test_mistakes_are_refused_in_one_sentence_that_names_the_key(
+def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(
     tmp_path: Path, tree: object, words: list[str]
 ) -> None:
     message = refusal(written(tmp_path, tree))
-    for word in words:
+    for word in ["mine.yaml", *words]:
         assert word in message
 
 

@@ -59,7 +59,7 @@ def nothing(completions):
     return [None if c == "skip" else 1.0 for c in completions]
 
 def slow(completions):
-    time.sleep(0.2 * len(completions))
+    time.sleep(2 * (len(completions) - 1))
     return [1.0] * len(completions)
 
 def roles(completions):
@@ -82,6 +82,9 @@ if __name__ == "__main__":
     print(*pool.pids(), flush=True)
     pool.score(["p"], ["hang"], [[1]], {})
 """
+
+DEADLINE_S = 1.5
+"""For calls that must miss it, among others that must not, on a busy machine too."""
 
 MakePool = Callable[..., RewardPool]
 
@@ -147,7 +150,7 @@ def test_only_the_guilty_sample_is_left_unscored(make_pool: MakePool) -> None:
 
 
 def test_a_hanging_sample_is_killed_and_the_others_are_scored(make_pool: MakePool) -> None:
-    pool = make_pool("hangs", on_error="unscored", timeout_s=0.5)
+    pool = make_pool("hangs", on_error="unscored", timeout_s=DEADLINE_S)
     assert [p["hangs"] for p in score(pool, "a", "hang", "b")] == [1.0, None, 1.0]
     stats = pool.take_stats()["hangs"]
     assert (stats.unscored, stats.errors, stats.timeouts) == (1, 0, 1)
@@ -155,12 +158,12 @@ def test_a_hanging_sample_is_killed_and_the_others_are_scored(make_pool: MakePoo
 
 
 def test_a_hang_ends_the_run_with_the_deadline_and_the_sample(make_pool: MakePool) -> None:
-    with pytest.raises(RewardError, match=r"hangs missed its deadline of 0\.5 s .*row 101, completion 'hang'"):
-        score(make_pool("hangs", timeout_s=0.5), "a", "hang")
+    with pytest.raises(RewardError, match=r"hangs missed its deadline of 1\.5 s .*row 101, completion 'hang'"):
+        score(make_pool("hangs", timeout_s=DEADLINE_S), "a", "hang")
 
 
 def test_a_function_that_blocks_sigterm_inside_c_code_is_killed_too(make_pool: MakePool) -> None:
-    pool = make_pool("stuck_in_c", on_error="unscored", timeout_s=0.5)
+    pool = make_pool("stuck_in_c", on_error="unscored", timeout_s=DEADLINE_S)
     assert [p["stuck_in_c"] for p in score(pool, "hang")] == [None]
     assert [p["stuck_in_c"] for p in score(pool, "a")] == [1.0]
 
@@ -188,8 +191,8 @@ def test_none_is_no_error_and_is_counted(make_pool: MakePool) -> None:
 
 
 def test_a_function_slower_than_a_chunk_allows_is_still_scored(make_pool: MakePool) -> None:
-    pool = make_pool("slow", timeout_s=0.5, workers=2)
-    assert [p["slow"] for p in score(pool, *"abcd")] == [1.0] * 4  # one call of 0.8 s, then four of 0.2 s
+    pool = make_pool("slow", timeout_s=DEADLINE_S, workers=2)
+    assert [p["slow"] for p in score(pool, *"abcd")] == [1.0] * 4  # one call of 6 s, then four of 0 s
     assert pool.take_stats()["slow"].timeouts == 0
 
 
@@ -238,7 +241,7 @@ def test_the_dry_run_finds_functions_that_cannot_work(
     with (tmp_path / "mine.py").open("a") as file:
         file.write("\ndef hangs_always(completions):\n    time.sleep(100)\n")
     with pytest.raises(RewardError, match=message):
-        make_pool(function, timeout_s=0.5).dry_run(["p", "q", "r"], [{"answer": 1}] * 3)
+        make_pool(function, timeout_s=DEADLINE_S).dry_run(["p", "q", "r"], [{"answer": 1}] * 3)
 
 
 def test_the_dry_run_allows_failures_that_the_recipe_allows_but_not_only_failures(make_pool: MakePool) -> None:

@@ -55,6 +55,24 @@ def test_truncated_responses_give_no_loss_but_count_in_the_group() -> None:
     assert first.advantages[-1] == -1.0
 
 
+def test_an_aborted_response_without_a_token_is_left_out_of_statistics_drafts_and_loss() -> None:
+    nothing = Scored(Rollout((), (), "abort", (), ""), 9.0, 9.0, {"f": 9.0})
+    group = replace(GROUP, members=(nothing, *GROUP.members))
+    # The mean of the others is 2; their rows do not move.
+    assert [s.advantages[-1].item() for s in CENTRED([group])] == [-1.0, 1.0]
+    assert [s.token_ids.numel() for s in CENTRED.drafts([group])] == [5, 6]
+    assert [s.advantages[-1].item() for s in CENTRED([group], [torch.zeros(2), torch.zeros(3)])] == [-1.0, 1.0]
+    assert CENTRED([replace(GROUP, members=(nothing, nothing))]) == []
+    # What is left of the group counts where the estimator needs a smallest size.
+    three = AdvantageStage(get_estimator("dr_grpo"), min_group_size=3)
+    assert three([group]) == []
+
+
+def test_an_aborted_response_with_tokens_is_trained_on_like_any_other() -> None:
+    group = replace(GROUP, members=(member([10], 1.0, finish="abort"), member([11, 12], 3.0)))
+    assert [s.advantages[-1].item() for s in CENTRED([group])] == [-1.0, 1.0]
+
+
 def test_penalties_are_taken_off_the_token_rewards() -> None:
     seen: list[Tensor] = []
 

@@ -96,10 +96,10 @@ def test_parts_of_one_module_stay_together_even_above_the_limit() -> None:
 
 def test_a_segment_is_shared_with_whoever_opens_its_path_and_has_no_name_on_disk() -> None:
     segment = Segment.create(256)
-    assert segment.path.startswith(f"/proc/{os.getpid()}/fd/")
-    other = Segment.open(segment.path, 256)
+    assert segment.where.startswith(f"/proc/{os.getpid()}/fd/")
+    other = Segment.open(segment.where, 256)
     segment.view(64, 4, torch.float32).copy_(torch.tensor([1.0, -2.0, 3.5, 0.0]))
     assert other.view(64, 4, torch.float32).tolist() == [1.0, -2.0, 3.5, 0.0]
     other.view(64, 1, torch.bfloat16).fill_(2.0)
     assert segment.view(64, 1, torch.bfloat16).item() == 2.0
-    assert os.stat(segment.path).st_mode & 0o077 == 0, "for the same user only"
+    assert os.stat(segment.where).st_mode & 0o077 == 0, "for the same user only"

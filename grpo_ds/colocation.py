@@ -1,0 +1,85 @@
+"""Engine and trainer on the same GPUs: whose turn it is to hold the memory, and proof that each gives it back.
+
+    generate -> the engine sleeps -> logprobs, update -> its weights wake -> publication -> its KV cache wakes -> generate
+
+Waking is part of the publication: the engine's `pause` takes the weights' memory and its `resume` the cache's. Free
+device memory is measured at the end of each phase, after the trainer's own cache of freed blocks was given back. A
+phase after which less and less is free has a leak, and the run ends with its name before it ends for lack of memory.
+
+70B bf16 on 8 x 80 GB: the engine's weights take 17.5 GB of a GPU and its KV cache what the recipe allows; asleep it
+keeps about 1 GB (its CUDA context and graphs). Sleeping costs nothing on the wire: the weights are dropped, because the
+publication brings all of them. None of this has run on a GPU yet; on a CPU nothing is freed and nothing measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from grpo_ds.config import EngineConfig
+from grpo_ds.dist import Ranks
+from grpo_ds.engine.base import GenerationEngine
+
+_SETTLING_ROUNDS = 2
+"""Rounds that set a phase's baseline: the first ones allocate optimizer state and workspaces that stay."""
+_GIB = 2**30
+
+
+class MemoryDrift(RuntimeError):
+    """Less device memory is free after a phase than in the first rounds; the message names phase, rank and amounts."""
+
+
+class SleepFailed(RuntimeError):
+    """An engine could not give its memory back; the message says which node's, and why."""
+
+
+class Colocation:
+    """Told of the end of each phase by every rank; does nothing unless engine.sleep is set."""
+
+    def __init__(
+        self, config: EngineConfig, ranks: Ranks, engine: GenerationEngine | None, free: Callable[[], int] | None
+    ) -> None:
+        """engine: on the ranks that lead a node. free: bytes free on this rank's device; null: nothing to measure."""
+        self._on = config.sleep
+        self._limit = config.max_memory_drift_gb * _GIB
+        self._ranks = ranks
+        self._engine = engine
+        self._free = free if config.sleep else None
+        self._seen: dict[str, list[int]] = {}
+
+    def after(self, phase: str) -> None:
+        """A phase of the round has ended; after `generate` the node's engine is sent to sleep.
+
+        Raises MemoryDrift on this rank, SleepFailed on all.
+        """
+        self._measure(phase)
+        if self._on and phase == "generate":
+            self._sleep()
+            self._measure("sleep")
+
+    def metrics(self) -> dict[str, float]:
+        """memory/free_after_PHASE of this rank's device, in GiB, as last measured."""
+        return {f"memory/free_after_{phase}": free[-1] / _GIB for phase, free in self._seen.items()}
+
+    def _sleep(self) -> None:
+        reason = None
+        if self._engine:
+            try:
+                self._engine.sleep()
+            except Exception as error:  # carried to all ranks: none may compute while an engine holds the memory
+                reason = f"node {self._ranks.node}: {error}"
+        if reasons := [r for r in self._ranks.all_gather(reason, "engine sleep") if r]:
+            raise SleepFailed(f"{self._ranks.where}: an engine did not go to sleep: {reasons[0]}")
+
+    def _measure(self, phase: str) -> None:
+        if self._free is None:
+            return
+        seen = self._seen.setdefault(phase, [])
+        seen.append(self._free())
+        settled = min(seen[:_SETTLING_ROUNDS])
+        if len(seen) > _SETTLING_ROUNDS and settled - seen[-1] > self._limit:
+            raise MemoryDrift(
+                f"{self._ranks.where}, phase `{phase}`, rank {self._ranks.rank}: {seen[-1] / _GIB:.2f} GiB of device "
+                f"memory are free after it, {(settled - seen[-1]) / _GIB:.2f} less than in the first rounds "
+                f"(engine.max_memory_drift_gb {self._limit / _GIB:g}): something keeps its memory; resume from the last "
+                "checkpoint, or set engine.sleep: false"
+            )

@@ -1,0 +1,151 @@
+"""The loop's own road with the KL in the reward: drafts -> assign -> penalties -> home -> advantages -> assign -> update.
+
+The functions of `grpo_ds.loop` run as they do in a round, on groups instead of an engine's responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from grpo_ds import balance, loop
+from grpo_ds.actor.policy import Policy, Scorer
+from grpo_ds.batching import MicroBatch, UpdatePlan
+from grpo_ds.clock import Clock
+from grpo_ds.collect import Collection
+from grpo_ds.config import DataConfig, ModelConfig, Recipe, RewardConfig, RolloutConfig, TrainConfig
+from grpo_ds.dist import Ranks
+from grpo_ds.estimators import get_estimator
+from grpo_ds.losses import KlController
+from grpo_ds.samples import AdvantageStage
+from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
+from tests.dist import cases
+from tests.dist.cases import GROUPS, KL_COEF, MAX_RESPONSE_TOKENS, PROMPT_TOKENS, GradientCase
+from tests.dist.parts import Raw, actor_of, gradient_of, make_objective
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Models beside the one being trained."""
+
+    start: Scorer
+    """The policy as it was when the round began."""
+    reference: Scorer
+
+
+class Recorder(Policy):
+    """Keeps the gradient of each step. With `start` it has moved since the round began, as after many steps."""
+
+    def __init__(self, policy: Policy, start: Scorer | None) -> None:
+        super().__init__(policy.engine, policy.device, policy.actor, policy.world)
+        self.start = start
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def logprobs(self, micro: MicroBatch) -> Tensor:
+        return self.start.logprobs(micro) if self.start else super().logprobs(micro)
+
+    def step(self) -> float:
+        self.gradients.append(gradient_of(self))
+        return super().step()
+
+
+def round_gradients(
+    case: GradientCase, policy: Policy, frozen: Frozen, ranks: Ranks, raw: Raw
+) -> tuple[list[dict[str, Tensor]], list[float], list[UpdatePlan]]:
+    """Gradients, norms and plans of the optimizer steps of a round."""
+    recipe = _recipe(case)
+    actor = Recorder(policy, frozen.start if case.old else None)
+    parts = _parts(case, actor, frozen.reference, ranks)
+    groups = _groups(case, ranks, raw)
+    collection = Collection(groups, sorted(set(GROUPS)), {}, groups)
+    with _mistake(case.mistake, ranks):
+        samples = loop.advantages(recipe, parts, collection, Clock())
+    work = balance.assign(recipe, ranks, parts.layout, collection.order, samples)
+    _, norms = loop.update(parts, work, 0, Clock())
+    return actor.gradients, norms, work.plan
+
+
+def _recipe(case: GradientCase) -> Recipe:
+    groups = len(set(GROUPS))
+    return Recipe(
+        model=ModelConfig(path="given"),
+        data=DataConfig(train="given", max_prompt_tokens=PROMPT_TOKENS),
+        reward=RewardConfig(functions=["given"]),
+        rollout=RolloutConfig(n=2, max_response_tokens=MAX_RESPONSE_TOKENS),
+        actor=actor_of(case),
+        train=TrainConfig(
+            prompts_per_round=groups,
+            prompts_per_update=groups // 2 if case.old else None,
+            micro_batch_tokens=case.budget,
+        ),
+    )
+
+
+def _parts(case: GradientCase, actor: Policy, reference: Scorer, ranks: Ranks) -> loop.Parts:
+    name, _ = case.spread
+    estimator = get_estimator(name, **({"gamma": cases.GAMMA} if name == "reinforce_plus_plus" else {}))
+    whole_batch = getattr(estimator, "whole_batch", False)
+    used = {
+        "ranks": ranks,
+        "advantage": AdvantageStage(
+            estimator,
+            mask_truncated=True,
+            all_reduce=partial(ranks.sum, what="estimator") if whole_batch else None,
+        ),
+        "objective": make_objective(case),
+        "actor": actor,
+        "reference": reference,
+        "kl": KlController(KL_COEF, None, 1),
+        "layout": case.layout,
+    }
+    # This stretch of the loop starts no engine and writes nothing.
+    return loop.Parts(**{field.name: used.get(field.name) for field in fields(loop.Parts)})  # type: ignore[arg-type]
+
+
+def _groups(case: GradientCase, ranks: Ranks, raw: Raw) -> list[Group]:
+    """The groups that this rank made: those of its node's engine, or with a shuffle one of any rank's, turned around."""
+    members: dict[int, list[Scored]] = {}
+    for i, group in enumerate(GROUPS):
+        owner = (group + 1) % ranks.world if case.shuffle else group % ranks.nodes * ranks.local_world
+        if owner == ranks.rank:
+            members.setdefault(group, []).append(_scored(raw[i], "length" if i == cases.TRUNCATED else "stop"))
+    first = {group: raw[GROUPS.index(group)] for group in members}
+    return [
+        Group(
+            Prompt(group, group, tuple(first[group]["token_ids"][:PROMPT_TOKENS].tolist()), "", {}),
+            tuple(reversed(found) if case.shuffle else found),
+        )
+        for group, found in members.items()
+    ]
+
+
+def _scored(raw: dict[str, Tensor], finish: Any) -> Scored:
+    mask = raw["response_mask"]
+    tokens, logprobs = raw["token_ids"][mask].tolist(), raw["rollout_logprobs"][mask].tolist()
+    reward = None if raw["reward"].isnan() else float(raw["reward"])
+    rollout = Rollout(tuple(tokens), tuple(logprobs), finish, (VersionSpan(0, 0, len(tokens)),), "")
+    return Scored(rollout, reward, reward, {})
+
+
+@contextmanager
+def _mistake(name: str, ranks: Ranks) -> Iterator[None]:
+    """What a wrong way home would do to the penalties."""
+    if not name:
+        yield
+        return
+
+    def home(work: Any, at: Ranks, layout: Any, device: torch.device, value: Callable[[MicroBatch], Tensor]) -> Any:
+        if name == "lost_penalties":
+            lost = ranks.rank == ranks.world - 1
+            return balance.per_token_home(work, at, layout, device, lambda m: value(m) * (0.0 if lost else 1.0))
+        return balance.per_token_home(work, at, layout, device, value)[::-1]
+
+    with patch.object(loop, "per_token_home", home):
+        yield

@@ -1,0 +1,37 @@
+"""Publications of real ranks through a process group of their own, and under the stage that partitions nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist import cases
+
+pytestmark = pytest.mark.timeout(600)
+
+CASES = [
+    (1, "untied/partitioned/float32/group"),
+    (2, "untied/partitioned/float32/group"),
+    (2, "untied/stage0/bfloat16/group"),
+    (4, "untied/partitioned/float32/group"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "variant"), CASES, indirect=["ranks"])
+def test_what_arrives_in_the_group_is_the_policy_bit_for_bit(ranks: list[Any], variant: str, folder: Path) -> None:
+    dtype = getattr(torch, variant.split("/")[2])
+    start = {name: p.detach() for name, p in cases.read_model(folder / "untied", dtype).named_parameters()}
+    # The four are two nodes of two, each with an engine and a group of its own.
+    for rank in ranks[::2] if len(ranks) == 4 else ranks[:1]:
+        result = rank["sync"][variant]
+        assert result["buckets"] > 8
+        assert same(result["first"], start)
+        assert same(result["second"], result["held"])
+        assert not same(result["second"], result["first"]), "the optimizer step must show in the second publication"
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

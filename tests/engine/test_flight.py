@@ -1,0 +1,154 @@
+"""Requests under way while something happens to their engine: they are aborted, or the weights change under them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from grpo_ds.engine.base import EngineError, RawRollout, SamplingSpec
+from tests.engine.bench import Bench, assert_logprobs_match, requests
+from tests.engine.conftest import SGLANG
+from tests.engine.test_process import descendants
+from tests.engine.test_update import Sender, perturb, publish
+
+GREEDY = SamplingSpec(n=1, max_tokens=8, temperature=0.0)
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    made = Sender(2**20)
+    yield made
+    os.close(made.fd)
+
+
+@pytest.fixture(params=["vllm_tied", pytest.param("sglang_tied", marks=SGLANG)])
+def served(request: pytest.FixtureRequest) -> Bench:
+    found: Bench = request.getfixturevalue(request.param)
+    return found
+
+
+def computing(engine: Any) -> psutil.Process:
+    """The process that runs the scheduler and the model; the web server is another one."""
+    titles = ("sglang::scheduler", "VLLM::EngineCor")  # the kernel cuts names to 15 characters
+    family = descendants(engine._process.pid)
+    (found,) = [p for p in family if p.name()[:15].startswith(titles) or "VLLM::EngineCore" in " ".join(p.cmdline())]
+    return found
+
+
+def aborted_after(bench: Bench, seconds: float, spec: SamplingSpec) -> tuple[list[list[RawRollout]], float]:
+    """The answers to 48 requests that are aborted after so many seconds, and how long the abort took."""
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(bench.engine.generate, requests(48), spec)
+        time.sleep(seconds)
+        begun = time.monotonic()
+        bench.engine.abort()
+        took = time.monotonic() - begun
+        return running.result(timeout=5), took
+
+
+def test_an_abort_ends_running_requests_with_the_tokens_they_have(bench: Bench) -> None:
+    spec = SamplingSpec(n=4, max_tokens=200)
+    answers, took = aborted_after(bench, 0.8, spec)
+    assert took < 20, "the rest would take longer"
+    cut = [rollout for rollouts in answers for rollout in rollouts if rollout.finish_reason == "abort"]
+    assert len(cut) >= 48, "most were under way or waiting"
+    assert any(rollout.token_ids for rollout in cut), "some had begun"
+    for request, rollouts in zip(requests(48), answers, strict=True):
+        assert len(rollouts) == 4
+        for rollout in rollouts:
+            assert len(rollout.token_ids) <= 200
+            covered = [position for span in rollout.spans for position in range(span.start, span.end)]
+            assert covered == list(range(len(rollout.token_ids)))
+            if rollout.token_ids and request.request_id in ("p0", "p20", "p47"):
+                assert_logprobs_match(bench, request, rollout, 1.0)
+    for request, (rollout,) in zip(requests(2), bench.engine.generate(requests(2), GREEDY), strict=True):
+        assert rollout.finish_reason == "length" and len(rollout.token_ids) == 8
+        assert_logprobs_match(bench, request, rollout, 1.0)
+
+
+def test_an_abort_of_an_idle_engine_is_nothing(bench: Bench) -> None:
+    begun = time.monotonic()
+    bench.engine.abort()
+    assert time.monotonic() - begun < 2
+    ((rollout,),) = bench.engine.generate(requests(1), GREEDY)
+    assert rollout.finish_reason == "length"
+
+
+def test_paused_requests_can_be_aborted(served: Bench) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(served.engine.generate, requests(24), SamplingSpec(n=2, max_tokens=200))
+        time.sleep(0.8)
+        served.engine.pause()
+        served.engine.abort()
+        answers = running.result(timeout=5)
+    served.engine.resume()
+    assert any(rollout.finish_reason == "abort" for rollouts in answers for rollout in rollouts)
+    ((rollout,),) = served.engine.generate(requests(1), GREEDY)
+    assert rollout.finish_reason == "length"
+
+
+def test_requests_in_flight_go_on_under_the_new_policy(served: Bench, sender: Sender) -> None:
+    engine = served.engine
+    asked, spec = requests(8, seed=500), SamplingSpec(n=1, max_tokens=200, temperature=0.0)
+    started = time.monotonic()
+    old_version, old = engine.version(), copy.deepcopy(served.model)
+    engine.generate(asked, spec)
+    whole = time.monotonic() - started
+    engine.flush_cache()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(engine.generate, asked, spec)
+        time.sleep(whole / 3)
+        perturb(served.model, 31)
+        publish(served, sender, 31)
+        answers = running.result()
+    switched = 0
+    for request, (rollout,) in zip(asked, answers, strict=True):
+        switched += [span.version for span in rollout.spans] == [old_version, 31]
+        for span in rollout.spans:
+            policy = Bench(engine, old if span.version == old_version else served.model)
+            argmax = policy.logits(request.prompt_token_ids, rollout.token_ids).argmax(-1).tolist()
+            assert list(rollout.token_ids[span.start : span.end]) == argmax[span.start : span.end]
+    assert switched > 0, "no request was under way when the weights changed"
+
+
+def test_an_engine_sleeps_until_the_next_publication(served: Bench, sender: Sender) -> None:
+    """The order of calls that a GPU needs, on a server whose CPU frees nothing: it ends up awake, with new weights."""
+    engine = served.engine
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(engine.generate, requests(24), SamplingSpec(n=2, max_tokens=200))
+        time.sleep(0.3)
+        with pytest.raises(EngineError, match="cannot sleep while requests are in flight"):
+            engine.sleep()
+        running.result()
+    engine.sleep()
+    with pytest.raises(EngineError, match="sleeps since its last generation: publish weights first"):
+        engine.generate(requests(1), GREEDY)
+    perturb(served.model, 32)
+    publish(served, sender, 32)
+    ((rollout,),) = engine.generate(requests(1), GREEDY)
+    assert [span.version for span in rollout.spans] == [32]
+    assert_logprobs_match(served, requests(1)[0], rollout, 1.0)
+
+
+def test_a_hung_scheduler_is_not_covered_up_by_its_web_server(served: Bench) -> None:
+    """While it is stopped no version is answered, though the web server could; then it goes on where it was."""
+    engine: Any = served.engine
+    scheduler, before = computing(engine), engine.version()
+    scheduler.suspend()
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(engine.version)
+            time.sleep(5)
+            covered_up = asked.done()
+            scheduler.resume()
+            assert asked.result(timeout=60) == before
+        assert not covered_up
+    finally:
+        scheduler.resume()

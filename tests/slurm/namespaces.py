@@ -1,0 +1,131 @@
+"""Two nodes with addresses of their own on this machine: two network namespaces on a wire, each with an ssh server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.slurm.cluster import ROOT, wait_for
+
+BIN = Path(sys.executable).parent
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+WIRE = "wire0"
+"""The interface's name on both nodes: a name for gloo must hold on all of them."""
+PORT = "29400"
+"""Free by construction: the namespaces are new."""
+TOGETHER_S = 240.0
+"""Deadline of what both nodes do; generous, because they share this machine's cores."""
+
+
+def ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr} (network namespaces need root)"
+
+
+@contextmanager
+def two_namespaces() -> Iterator[list[str]]:
+    """Names of two namespaces, whose WIRE has ADDRESSES."""
+    names = [f"grpo{os.getpid()}a", f"grpo{os.getpid()}b"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", names[0], "link", "add", WIRE, "type", "veth", "peer", "name", WIRE, "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", WIRE)
+            ip("-n", name, "link", "set", WIRE, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
+
+
+def inside(namespace: str, *command: str, setup: str = "") -> list[str]:
+    """A command in a namespace; `ip netns exec` gives it mounts of its own, which `setup`, a shell's line, may change."""
+    shell = ["sh", "-c", f'{setup} && exec "$@"', "sh"] if setup else []
+    return ["ip", "netns", "exec", namespace, *shell, *command]
+
+
+def environment(**more: str) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    # This machine's name means a loopback address in both namespaces, so the interface is named.
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": WIRE}
+    return env | own | more
+
+
+def together(commands: Sequence[Sequence[str]], cwd: Path, environments: Sequence[dict[str, str]]) -> list[str]:
+    """Runs the commands at the same time; returns what each printed."""
+    with ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in commands]
+        started = [
+            subprocess.Popen(
+                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+            for command, env, out in zip(commands, environments, outputs, strict=True)
+        ]
+        deadline = time.monotonic() + TOGETHER_S
+        while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        late = [process for process in started if process.poll() is None]
+        for process in late:
+            process.kill()  # the ranks end with their launcher
+            process.wait()
+        screens = []
+        for out in outputs:
+            out.seek(0)
+            screens.append(out.read())
+    assert not late, f"not done within {TOGETHER_S:g} s:\n" + "\n".join(screens)
+    return screens
+
+
+def hostfile(folder: Path) -> str:
+    """A hostfile of both nodes, one rank each."""
+    file = folder / "hostfile"
+    file.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    return str(file)
+
+
+def program(name: str, package: str) -> str:
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    assert found, f"{name} is not installed; Debian and Ubuntu have it in the package {package}"
+    return found
+
+
+@contextmanager
+def ssh_servers(namespaces: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
+    """An sshd on each node that lets this test in; yields the variables with which pdsh reaches them."""
+    for name in ("host", "user"):
+        words = [program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+        subprocess.run(words, check=True, timeout=30)
+    (folder / "authorized").write_text((folder / "user.pub").read_text())
+    options = [f"AuthorizedKeysFile={folder}/authorized", "StrictModes=no", "PidFile=none", "PasswordAuthentication=no"]
+    options += [f"HostKey={folder}/host", "UsePAM=yes"]
+    server = [
+        program("sshd", "openssh-server"),
+        "-D",
+        "-e",
+        "-f",
+        "/dev/null",
+        *(w for o in options for w in ("-o", o)),
+    ]
+    logs = [folder / f"sshd-{k}.log" for k in range(len(namespaces))]
+    daemons = []
+    try:
+        for namespace, log in zip(namespaces, logs, strict=True):
+            command = inside(namespace, *server, setup="mount -t tmpfs none /run && mkdir /run/sshd")
+            with open(log, "wb") as out:
+                daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
+        wait_for("both sshd listen", lambda: all("listening" in log.read_text() for log in logs), 30)
+        trust = f"-i {folder}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        yield {"PDSH_SSH_ARGS_APPEND": trust}
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait(timeout=15)

@@ -1,0 +1,343 @@
+"""Requests beside the trainer, over engines that are paused, updated, told to abort, killed and restarted."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from grpo_ds.clock import Clock
+from grpo_ds.collect import Collector
+from grpo_ds.engine.base import EngineError, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.pool import EnginePool
+from grpo_ds.evaluate import EngineSampler
+from grpo_ds.filters import get_filter
+from grpo_ds.inflight import InFlight
+from grpo_ds.types import Prompt, VersionSpan
+from tests.unit.engine_fakes import Diary, Meeting, OneRank, make_pool, publish, wait_for, without_logprobs
+from tests.unit.test_collect_modes import Endless, grade, recipe
+
+SPEC = SamplingSpec(n=2, max_tokens=4)
+
+
+@pytest.fixture
+def diary() -> Iterator[Diary]:
+    diary = Diary()
+    yield diary
+    for engine in diary.made:
+        engine.close()
+
+
+def prompts(*indices: int) -> list[Prompt]:
+    return [Prompt(k, k, (1,), "p", {}) for k in indices]
+
+
+def in_flight(pool: EnginePool, republish: Any = None, *, mode: str = "keep", greedy: bool = False) -> InFlight:
+    sampler = EngineSampler(pool, recipe(mode), lambda ids: "", OneRank(), republish)  # type: ignore[arg-type]
+    return InFlight(sampler, greedy_baseline=greedy)
+
+
+def collected(running: InFlight, count: int) -> dict[int, Any]:
+    """Answers by prompt, looked for until there are `count`."""
+    found: dict[int, Any] = {}
+
+    def look() -> bool:
+        found.update({answer.prompt.index: answer for answer in running.answers(count - len(found))})
+        return len(found) >= count
+
+    wait_for(f"{count} answers", look)
+    return found
+
+
+def held(*indices: int) -> Callable[[Request], bool]:
+    """Whether a request is of these prompts."""
+    return lambda request: int(request.request_id.split("-")[-1]) in indices
+
+
+def test_answers_are_taken_as_they_come_and_the_slow_ones_go_on(diary: Diary) -> None:
+    pool = make_pool(diary)
+    for engine in diary.made:
+        engine.holds = held(1, 4)
+    running = in_flight(pool)
+    running.ask(prompts(*range(6)), 0)
+    assert set(collected(running, 4)) == {0, 2, 3, 5}
+    publish(pool, 1)  # the two that run are in its way no more than it is in theirs
+    running.ask(prompts(6, 7), 1)
+    assert set(collected(running, 2)) == {6, 7}
+    for engine in diary.made:
+        engine.holds = held()
+    late = collected(running, 2)
+    assert {a.train[0].spans for a in late.values()} == {(VersionSpan(0, 0, 1), VersionSpan(1, 1, 2))}
+    assert Counter(name for _, name in diary.asked) == {
+        **{f"train-0-{k}": 1 for k in range(6)},
+        **{f"train-1-{k}": 1 for k in (6, 7)},
+    }
+    pool.close()
+    running.close()
+    assert not any(thread.is_alive() for thread in running._threads)
+
+
+def test_a_prompt_is_answered_when_its_greedy_response_is_there_too(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=1)
+    diary.made[0].holds = lambda request: request.request_id == "greedy-0-1"
+    running = in_flight(pool, greedy=True)
+    running.ask(prompts(0, 1), 0)
+    (answer,) = collected(running, 1).values()
+    assert (answer.prompt.index, len(answer.train), len(answer.greedy)) == (0, 2, 1)
+    wait_for("the other one's responses", lambda: len(diary.asked) == 4)
+    assert running.answers(0) == []
+    diary.made[0].holds = held()
+    assert set(collected(running, 1)) == {1}
+    pool.close()
+
+
+def test_aborted_prompts_are_told_and_can_be_asked_again(diary: Diary) -> None:
+    pool = make_pool(diary)
+    for engine in diary.made:
+        engine.holds = held(1, 3)
+    running = in_flight(pool)
+    running.ask(prompts(0, 1, 2, 3), 0)
+    assert set(collected(running, 2)) == {0, 2}
+    running.abort()
+    assert {a.prompt.index: a.train for a in running.answers(0)} == {1: None, 3: None}
+    for engine in diary.made:
+        engine.holds = held()
+    running.ask(prompts(1, 3), 1)
+    assert all(a.train is not None for a in collected(running, 2).values())
+    pool.close()
+
+
+def test_what_waits_for_its_turn_is_aborted_without_being_sent(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=1)
+    diary.made[0].holds = lambda request: True
+    wide = recipe("abort")
+    object.__setattr__(wide.rollout, "n", 512)  # two requests are all that a replica has in flight
+    sampler = EngineSampler(pool, wide, lambda ids: "", OneRank(), None)  # type: ignore[arg-type]
+    running = InFlight(sampler)
+    running.ask(prompts(*range(8)), 0)
+    wait_for("the first two", lambda: len(diary.asked) == 2)
+    running.abort()
+    assert [a.train for a in running.answers(0)] == [None] * 8
+    assert len(diary.asked) == 2
+    pool.close()
+
+
+def test_an_abort_by_somebody_else_is_an_error(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=1)
+    diary.made[0].rubbish = lambda answer: [RawRollout((7,), (-1.0,), "abort", (VersionSpan(0, 0, 1),))] * 2
+    running = in_flight(pool)
+    running.ask(prompts(0), 0)
+    with pytest.raises(EngineError, match="prompt 0: somebody else aborted"):
+        collected(running, 1)
+    pool.close()
+
+
+def test_settling_waits_for_all_and_loses_none(diary: Diary) -> None:
+    pool = make_pool(diary, seconds=0.01)
+    running = in_flight(pool)
+    running.ask(prompts(*range(9)), 0)
+    running.settle()
+    assert len(diary.asked) == 9
+    assert {a.prompt.index for a in running.answers(0)} == set(range(9))
+    pool.close()
+
+
+def test_a_failure_is_raised_at_the_next_look(diary: Diary) -> None:
+    pool = make_pool(diary, max_restarts=0)
+    diary.made[1].dead, diary.must_ask = True, frozenset({1})
+    running = in_flight(pool)
+    running.ask(prompts(*range(9)), 0)
+    with pytest.raises(EngineError, match="engine replica 1 failed: server 1 is gone"):
+        collected(running, 9)
+    pool.close()
+
+
+def test_when_all_replicas_are_lost_the_requests_go_on_after_the_next_publication(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=2)
+    for engine in diary.made:
+        engine.dead = True
+    published: list[int] = []
+
+    def republish() -> None:
+        published.append(1)
+        publish(pool, 0)
+
+    running = in_flight(pool, republish)
+    running.ask(prompts(*range(6)), 0)
+    answers = collected(running, 6)
+    assert published and all(a.train is not None for a in answers.values())
+    assert pool.take_counts()["quarantined"] == 2
+    pool.close()
+
+
+def test_a_replica_that_came_back_takes_part_in_a_call_that_began_without_it(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=2)
+    first, second = diary.made
+    second.holds = lambda request: True
+    first.dead, diary.must_ask = True, frozenset({0})
+    running = in_flight(pool, lambda: publish(pool, 0))
+    running.ask(prompts(*range(12)), 0)
+    wait_for("the restart", lambda: len(diary.made) == 3)
+    answers = collected(running, 3)
+    assert all(a.train is not None for a in answers.values()), "the restarted one answers, the other holds all it has"
+    second.holds = lambda request: False
+    collected(running, 9)
+    pool.close()
+
+
+def test_a_replica_that_hangs_in_an_abort_is_taken_out(diary: Diary) -> None:
+    pool = make_pool(diary, stall=1.0)
+    for engine in diary.made:
+        engine.holds = lambda request: True
+    diary.must_ask = frozenset({0, 1})
+    running = in_flight(pool, lambda: publish(pool, 0), mode="abort")
+    running.ask(prompts(*range(6)), 0)
+    wait_for("requests at both", lambda: {replica for replica, _ in diary.asked} == {0, 1})
+    hung = diary.made[1]
+    hung.stopped = True
+    running.abort()
+    assert [a.train for a in running.answers(0)] == [None] * 6
+    counts = pool.take_counts()
+    assert counts["quarantined"] == 1 and counts["redone_requests"] == 0
+    wait_for("the end of the hung one", lambda: hung.closed)
+    pool.close()
+
+
+def hold_first(diary: Diary) -> None:
+    """Every replica holds the first request it was asked, so that its other slots stay free."""
+    for engine in diary.made:
+        engine.holds = lambda request, index=engine.index: (  # type: ignore[misc]
+            request.request_id == next(name for replica, name in list(diary.asked) if replica == index)
+        )
+
+
+def test_what_a_replica_that_dies_in_an_update_had_taken_is_asked_after_it(diary: Diary) -> None:
+    pool = make_pool(diary)
+    first, second = diary.made
+    hold_first(diary)
+    diary.must_ask = frozenset({0, 1})
+    running = in_flight(pool, lambda: publish(pool, 1))
+    running.ask(prompts(*range(8)), 0)
+    found = collected(running, 6)
+    asked = len(diary.asked)
+
+    def between() -> None:
+        first.dead = True
+        wait_for("the notice of its death", lambda: len(diary.made) == 3)
+        time.sleep(0.1)
+        assert len(diary.asked) == asked, "the other one has free slots, and no weights"
+
+    publish(pool, 1, between=between)
+    second.holds = lambda request: False
+    late = collected(running, 2)
+    assert set(found) | set(late) == set(range(8))
+    assert pool.take_counts()["redone_requests"] == 1
+    pool.close()
+
+
+def test_a_health_check_in_an_update_judges_nobody(diary: Diary) -> None:
+    pool = make_pool(diary, stall=1.0)
+    hold_first(diary)
+    diary.must_ask = frozenset({0, 1})
+    running = in_flight(pool)
+    running.ask(prompts(*range(8)), 0)
+    found = collected(running, 6)
+
+    def slow_finish(version: int) -> None:  # four health checks long the replicas hold different versions
+        time.sleep(0.9)
+        diary.made[1].held, diary.made[1].open = version, False
+
+    diary.made[1].finish_update = slow_finish  # type: ignore[method-assign]
+    publish(pool, 1)
+    assert pool.take_counts()["quarantined"] == 0
+    for engine in diary.made:
+        engine.holds = lambda request: False
+    assert set(found) | set(collected(running, 2)) == set(range(8))
+    pool.close()
+
+
+def slow_until(third: int, when: float) -> Callable[[Request], bool]:
+    """Every third prompt waits until then."""
+    return lambda request: int(request.request_id.split("-")[-1]) % 3 == third and time.monotonic() < when
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+@pytest.mark.parametrize("seed", range(2))
+def test_rounds_on_replicas_that_fail_answer_and_train_each_prompt_once(diary: Diary, mode: str, seed: int) -> None:
+    """Two nodes of two replicas, fifteen rounds, kills and rubbish while the trainer works and while it waits."""
+    rounds, nodes = 15, 2
+    meeting, shared = Meeting(nodes), Meeting(nodes)
+    settings = recipe(mode, batch=7, max_staleness=3)
+    stories: dict[int, list[Any]] = {}
+    current, ends = [0] * nodes, []
+
+    def part(number: int, rank: Any) -> None:
+        rng, together, own = random.Random(f"{seed} {number}"), random.Random(seed), Diary()
+        pool = make_pool(own, replicas=2, max_restarts=100, stall=1.0, seconds=0.002)
+
+        def republish() -> None:
+            shared.rank(number).all_gather(None, "all take part in a publication")
+            publish(pool, current[number])
+
+        sampler = EngineSampler(pool, settings, lambda ids: "", rank, republish)
+        running = InFlight(sampler)
+        collects = Collector(settings, rank, Endless(), get_filter("dynamic_sampling"), running, grade)  # type: ignore[arg-type]
+        stories[number] = []
+        for version in range(rounds):
+            for engine in own.made:
+                engine.holds = slow_until(rng.randrange(3), time.monotonic() + 0.05)
+            well = [e for e in own.made if not (e.dead or e.rubbish or e.closed)]
+            if well and rng.random() < 0.3:
+                victim = rng.choice(well)
+                setattr(victim, *rng.choice([("dead", True), ("rubbish", without_logprobs)]))
+            stories[number].append(collects.collect(version, version, Clock()))
+            current[number] = version + 1
+            publish(pool, version + 1)
+            if together.random() < 0.2:
+                running.settle()  # as before an evaluation
+        running.abort()
+        ends.append((number, collects.cursor, collects.unfinished(), [g.prompt.index for g in collects.carried]))
+        pool.close()
+        running.close()
+        for engine in own.made:
+            engine.close()
+
+    meeting.play(part)
+    (_, cursor, unfinished, _), (_, *same, _) = sorted(ends)
+    assert same == [cursor, unfinished]
+    orders = [[c.order for c in stories[number]] for number in range(nodes)]
+    assert orders[0] == orders[1]
+    trained = Counter(i for order in orders[0] for i in order)
+    assert set(trained.values()) == {1} and len(trained) == 3 * rounds
+    made = Counter(g.prompt.index for story in stories.values() for c in story for g in c.rollouts)
+    assert set(made.values()) == {1}, "each was answered once"
+    assert made.keys() | set(unfinished) == set(range(cursor)) and not made.keys() & set(unfinished)
+    assert sum(c.counts.get("aborted", 0) for c in stories[0]) > 0 or mode == "keep"
+    if mode == "keep":
+        spans = [m.rollout.spans for story in stories.values() for c in story for g in c.groups for m in g.members]
+        assert any(len(s) > 1 for s in spans), "some were made by two policies"
+
+
+def test_requests_of_two_calls_share_the_replicas(diary: Diary) -> None:
+    pool = make_pool(diary)
+    diary.must_ask = frozenset({0, 1})
+    answered: list[str] = []
+    lock = threading.Lock()
+
+    def on_answer(request: Request, rollouts: list[RawRollout]) -> None:
+        with lock:
+            answered.append(request.request_id)
+
+    calls = [[Request((1,), 10 * k, f"{name}{k}") for k in range(20)] for name in "ab"]
+    threads = [threading.Thread(target=pool.generate, args=(call, SPEC, on_answer)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert Counter(answered) == {request.request_id: 1 for call in calls for request in call}
+    pool.close()
