@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo_ds.contradictions import contradictions
+
 
 class RecipeError(ValueError):
     """The user's input is wrong; the message is one sentence: what, where, what to do."""
@@ -369,44 +371,8 @@ class Recipe:
     """auto: go on with the newest run of this run.name, or start one; or the folder of a run."""
 
     def __post_init__(self) -> None:
-        r = self.rollout
-        _require(
-            self.algorithm.importance.level == "off" or (r.top_p == 1.0 and r.top_k == 0),
-            "rollout.top_p and rollout.top_k must be off while algorithm.importance.level is not off: the engine "
-            "normalises over the kept tokens only, so importance weights would be wrong; set "
-            "algorithm.importance.level: off, or sample from the full distribution",
-        )
-        mode = self.sync.mode
-        _require(
-            mode == "drain" or self.engine.kind != "hf",
-            f"sync.mode {mode} needs an engine that answers while the trainer works, and engine.kind hf is part of the "
-            "trainer: set sync.mode: drain",
-        )
-        _require(
-            mode != "keep" or self.algorithm.filter_groups.max_staleness > 0,
-            "sync.mode keep carries requests over a publication, and algorithm.filter_groups.max_staleness: 0 would drop "
-            "all of them: raise it, or set sync.mode: abort",
-        )
-        _require(
-            mode != "keep" or not self.engine.sleep,
-            "sync.mode keep needs an engine that works beside the trainer, and engine.sleep takes its memory away: set "
-            "sync.mode: abort",
-        )
-        _require(
-            not self.algorithm.filter_groups.enable or r.n >= 2,
-            "algorithm.filter_groups.enable needs rollout.n >= 2: the scores of a single response never differ",
-        )
-        _require(
-            self.reward.overlong_buffer_len <= r.max_response_tokens,
-            f"reward.overlong_buffer_len ({self.reward.overlong_buffer_len}) exceeds rollout.max_response_tokens "
-            f"({r.max_response_tokens}): the buffer is the last part of the longest response",
-        )
-        _require(
-            self.data.max_prompt_tokens + r.max_response_tokens <= self.train.micro_batch_tokens,
-            f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) is below data.max_prompt_tokens + "
-            f"rollout.max_response_tokens ({self.data.max_prompt_tokens + r.max_response_tokens}): a sequence is "
-            "never split, so the longest one must fit",
-        )
+        for message in contradictions(self):
+            raise RecipeError(message)
 
     @property
     def prompts_per_batch(self) -> int:

@@ -22,8 +22,11 @@ from grpo_ds.types import Prompt
 
 TICK_S = 1.0
 """Longest time between two looks at what is answered; the other nodes wait for the slowest look."""
-_END_S = 20.0
-"""Seconds in which threads must end once their engine is closed, and answers must come once it aborted them."""
+_ABORT_S = 20.0
+"""Seconds in which answers must have come once the engine aborted them."""
+_CLOSE_S = 5.0
+"""Seconds in which the threads must have ended once their engine is closed; those that wait for a server that others
+run may not, and end with the process."""
 
 
 def purposes(greedy_baseline: bool) -> tuple[str, ...]:
@@ -146,17 +149,17 @@ class InFlight:
             return
         self._aborted = True
         self._sampler.engine.abort()
-        self._wait(len(self._open) + len(self._done), _END_S)
+        self._wait(len(self._open) + len(self._done), _ABORT_S)
         if self._open:
-            raise EngineError(f"{len(self._open)} aborted requests were not answered within {_END_S:g} s")
+            raise EngineError(f"{len(self._open)} aborted requests were not answered within {_ABORT_S:g} s")
 
     def close(self) -> None:
-        """Ends the threads, whose engine is closed already."""
-        deadline = time.monotonic() + _END_S
+        """Waits for the end of the threads, whose engine is closed already."""
+        deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if left := sum(thread.is_alive() for thread in self._threads):
-            sys.stderr.write(f"grpo_ds: {left} threads still wait for a closed engine after {_END_S:g} s\n")
+            sys.stderr.write(f"grpo_ds: {left} threads still wait for a closed engine after {_CLOSE_S:g} s\n")
 
     def _mend(self) -> None:
         """An engine that was restarted gets the weights from all ranks; its requests then go on by themselves."""

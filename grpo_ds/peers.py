@@ -15,6 +15,7 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 PATIENCE_S = 3.0
 """Seconds in which a living peer accepts a connection; a node that lost its power says nothing at all."""
@@ -41,10 +42,11 @@ def listen(rank: int, *, on_first_node: bool, one_node: bool) -> tuple[socket.so
     """The socket to keep for as long as this rank lives, and what to tell the others about it."""
     master = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
     host = master if on_first_node else address_towards(master)
-    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    # The first node's name, which the others know it by, may mean a loopback address on that node itself.
+    everywhere = on_first_node and not one_node and ip_address(address[0]).is_loopback
     listener = socket.socket(family, socket.SOCK_STREAM)
-    # The first node's own name may mean a loopback address there.
-    listener.bind((host if one_node or not on_first_node else "", 0))
+    listener.bind(("" if everywhere else address[0], 0))
     listener.listen(socket.SOMAXCONN)
     return listener, Peer(rank, node_name(), host, listener.getsockname()[1])
 

@@ -5,7 +5,8 @@
 #
 # --slow    also start engines and several ranks; minutes
 # --gpu     needs an NVIDIA GPU
-# --slurm   starts SLURM daemons of its own; root on Debian and Ubuntu gets the packages slurm-wlm and iproute2 installed
+# --slurm   starts SLURM and ssh daemons of its own and needs root for network namespaces; on Debian and Ubuntu the
+#           packages slurm-wlm, iproute2, openssh-client, dropbear-bin and pdsh are installed
 # --sglang  makes the environment .venv-sglang first
 # Several suites may be named. A skipped test counts as failed: a suite that cannot run here is not asked for.
 set -euo pipefail
@@ -20,8 +21,10 @@ need() {
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "test: apt-get install $package"
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
-            die "apt-get could not install $package (try: apt-get update)"
+        export DEBIAN_FRONTEND=noninteractive
+        local install=(apt-get install -y -qq --no-install-recommends "$package")
+        "${install[@]}" >/dev/null || { apt-get update -qq && "${install[@]}" >/dev/null; } ||
+            die "apt-get could not install $package"
     else
         die "missing: ${missing[*]}; on Debian and Ubuntu: apt-get install $package"
     fi
@@ -31,7 +34,7 @@ suites=()
 while [ $# -gt 0 ]; do
     case $1 in
         --fast|--slow|--gpu|--slurm|--sglang) suites+=("${1#--}") ;;
-        -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --) shift; break ;;
         *) die "unknown argument '$1'; known are --fast, --slow, --gpu, --slurm and --sglang" ;;
     esac
@@ -61,7 +64,10 @@ for suite in "${suites[@]}"; do
             # Debian's daemons lie outside of most users' PATH.
             export PATH=$PATH:/usr/sbin:/sbin
             need slurm-wlm slurmctld slurmd srun sbatch scontrol
-            need iproute2 ip
+            need iproute2 ip tc
+            need openssh-client ssh ssh-keygen
+            need dropbear-bin dropbear dropbearkey
+            need pdsh pdsh
             ;;
         sglang) bash launch/setup.sh --engine sglang ;;
     esac

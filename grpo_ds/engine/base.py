@@ -1,8 +1,8 @@
 """What every generation engine offers: token ids in, token ids and log-probabilities out, and weight updates.
 
 A weight update is one transaction: `pause`, `begin_update`, `update_bucket` for each bucket, `finish_update(version)`,
-`flush_cache`, `resume`. A bucket is a JSON manifest of tensors in a shared file (see `grpo_ds.sync.receive`); the
-engine keeps nothing of the file once `update_bucket` returned, so the trainer may overwrite it.
+`flush_cache`, `resume`. A bucket is a JSON manifest of tensors in memory of the trainer (see `grpo_ds.sync.receive`);
+the engine keeps nothing of that memory once `update_bucket` returned, so the trainer may overwrite it.
 """
 
 from __future__ import annotations

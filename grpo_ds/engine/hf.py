@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.config import EngineConfig, RecipeError
 from grpo_ds.engine.base import Carrier, EngineError, OnAnswer, RawRollout, Request, SamplingSpec, stream_seed
+from grpo_ds.engine.flights import Flights
 from grpo_ds.sync.receive import BucketReader, NameLedger
-from grpo_ds.types import VersionSpan
+from grpo_ds.types import FinishReason, VersionSpan
+
+_ABORT_TIMEOUT_S = 60.0
 
 
 class HfEngine:
@@ -32,6 +35,7 @@ class HfEngine:
         self._reader = BucketReader()
         self._ledger: NameLedger | None = None
         self._usable = True
+        self._flights = Flights()
 
     def start(self) -> None:
         if self._model is not None:
@@ -65,18 +69,23 @@ class HfEngine:
         self._require_started()
         if not self._usable:
             raise EngineError("the hf engine's last weight update was not finished: its weights are a mixture")
-        rows = []
-        for request in requests:
-            rows.append(self._answer(request, spec))
-            if on_answer:
-                on_answer(request, rows[-1])
+        rows, flight = [], self._flights.take_off()
+        try:
+            for request in requests:
+                rows.append(self._answer(request, spec, flight))
+                if on_answer:
+                    on_answer(request, rows[-1])
+        finally:
+            self._flights.land(flight)
         return rows
 
     def abort(self) -> None:
-        """Nothing is in flight between calls."""
+        self._flights.abort()
+        if not self._flights.wait_aborted(_ABORT_TIMEOUT_S):
+            raise EngineError(f"aborted requests were not answered within {_ABORT_TIMEOUT_S:g} s")
 
     @torch.no_grad()
-    def _answer(self, request: Request, spec: SamplingSpec) -> list[RawRollout]:
+    def _answer(self, request: Request, spec: SamplingSpec, flight: int) -> list[RawRollout]:
         prompt = request.prompt_token_ids
         limit = min(spec.max_tokens, self._max_model_len - len(prompt))
         if limit < 1:
@@ -91,6 +100,8 @@ class HfEngine:
         running = set(range(spec.n))
         inputs, cache = torch.tensor([prompt] * spec.n, device=self._device), None
         for _ in range(limit):
+            if self._flights.aborted(flight):
+                break
             output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             distribution = processed_logprobs(output.logits[:, -1].float().cpu(), spec)
@@ -103,15 +114,12 @@ class HfEngine:
             if not running:
                 break
             inputs = torch.tensor(chosen, device=self._device).unsqueeze(1)
-        return [
-            RawRollout(
-                tuple(tokens[k]),
-                tuple(logprobs[k]),
-                "length" if k in running else "stop",
-                (VersionSpan(self._version, 0, len(tokens[k])),),
-            )
-            for k in range(spec.n)
-        ]
+        return [self._rollout(tokens[k], logprobs[k], limit, k in running) for k in range(spec.n)]
+
+    def _rollout(self, tokens: list[int], logprobs: list[float], limit: int, running: bool) -> RawRollout:
+        reason: FinishReason = "stop" if not running else "length" if len(tokens) == limit else "abort"
+        spans = (VersionSpan(self._version, 0, len(tokens)),) if tokens else ()
+        return RawRollout(tuple(tokens), tuple(logprobs), reason, spans)
 
     # ---- weight updates ----
 

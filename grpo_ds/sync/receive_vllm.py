@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 from grpo_ds.sync.receive import BucketReader, NameLedger
 
@@ -58,6 +59,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._reader = BucketReader()
         self._ledger: NameLedger | None = None
         self._layers_open = False
+        self._layers: list[LayerReloadingInfo] = []
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._ledger = NameLedger(init_info.names)
@@ -69,6 +71,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
         self._layers_open = True
+        self._layers = [get_layerwise_info(module) for module in self.model.modules()]
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
@@ -91,8 +94,8 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         A layer keeps its tensors until its last one arrived, which may be in a later bucket. mapped: addresses of the
         storages that are the bucket's memory.
         """
-        for module in self.model.modules():
-            for _, call in get_layerwise_info(module).loaded_weights:
+        for layer in self._layers:
+            for _, call in layer.loaded_weights:
                 for key, value in call.arguments.items():
                     if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in mapped:
                         call.arguments[key] = value.clone()
@@ -101,15 +104,19 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
         # Before anything is closed: after this error the missing tensors can still be sent.
         self._ledger.require_complete()
+        # On CPU a head computes with a repacked copy. A tied head is never sent, so its copy is made anew below.
+        tied = [module for module in self.model.modules() if _is_head(module) and get_layerwise_info(module).can_load()]
         finalize_layerwise_reload(self.model, self.model_config)
         self._layers_open = False
-        for module in self.model.modules():
-            # On CPU the head computes with a repacked copy. A tied head is never sent, so its copy is made anew here.
-            if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
-                module.quant_method.process_weights_after_loading(module)
+        for head in tied:
+            head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         self._reader.close()
+
+
+def _is_head(module: nn.Module) -> TypeGuard[ParallelLMHead]:
+    return isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod)
 
 
 class WorkerExtension:

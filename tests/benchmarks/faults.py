@@ -107,8 +107,11 @@ def main() -> int:
             print("\n".join(line for line in run.screen.splitlines() if "engine replica" in line))
             print(f"{made} faults, exit code {code}, {time.monotonic() - begin:.0f} s")
             wrong = judge(run.folder, args.rounds) if code == 0 else [run.screen[-3000:]]
-    print("\n".join(wrong) or "nothing was lost, nothing came twice, every token has its version")
-    return 1 if wrong or made < args.faults else 0
+    if made < args.faults:
+        wrong.append(f"the run ended after {made} of {args.faults} faults")
+    good = "the run finished, nothing was lost, nothing came twice, every token has its version"
+    print(f"PASS: {args.faults} faults in {args.rounds} rounds, {good}" if not wrong else "FAIL: " + "; ".join(wrong))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

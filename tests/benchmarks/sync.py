@@ -1,15 +1,19 @@
-"""Weight publication, measured: python tests/benchmarks/sync.py [--engine vllm] [--bucket-mb 64] [--dtype float32]
+"""Weight publication, measured: python tests/benchmarks/sync.py [--engine vllm sglang] [--bucket-mb 64]
 
-A Llama-shaped model of 135M random parameters, two ZeRO-3 ranks, one engine, all in one run:
+A Llama-shaped model of 135M random parameters, two ZeRO-3 ranks, one engine; for each engine in one run:
 
   write        the trainer's copy into shared memory, next to memcpy of as many bytes by the same two processes into the
                same memory, taken in turns
   publish      the whole transaction, pause -> resume, and where its time goes
-  parameters   the same transaction as it is usually written: each parameter gathered whole on every rank, then one
-               HTTP request for it
-  memory       anonymous memory a rank takes on top while it publishes, sampled every millisecond
+  one by one   the same transaction as OpenRLHF and TRL write it: for each parameter, all ranks gather it whole with
+               deepspeed.zero.GatheredParameters, and inside of that the first rank sends it and waits until the engine
+               has loaded it. The requests are our own engine's, so the engine loads both in the same way; the parameter
+               travels through shared memory, where OpenRLHF and TRL broadcast it in a process group, and their meeting
+               of all ranks after each parameter is left out. Both are in favour of this column.
+  memory       anonymous memory a rank takes on top while it publishes, sampled every millisecond in publications that
+               are not timed
 
-Medians of the repeats; the write of the first publication is shown on its own, because it meets untouched memory.
+publish and one by one take turns. Medians; the first write is shown on its own, because it meets untouched memory.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import re
 import statistics
 import sys
@@ -142,13 +147,9 @@ class Bench:
                 engine.close()
             raise
         self.timed = Timed(engine) if engine is not None else None
-        self.module = actor.module
-        self.publisher = self._publisher(self.options["verify"])
+        config = SyncConfig(bucket_mb=self.options["bucket_mb"], verify=self.options["verify"])
+        self.publisher = WeightPublisher(actor.module, self.ranks, self.timed, config)
         self.version = 0
-
-    def _publisher(self, verify: str) -> WeightPublisher:
-        config = SyncConfig(bucket_mb=self.options["bucket_mb"], verify=verify)  # type: ignore[arg-type]
-        return WeightPublisher(self.module, self.ranks, self.timed, config)
 
     def together(self, action: Callable[[], object]) -> float:
         """Seconds from a common start until the last rank is done."""
@@ -179,7 +180,7 @@ class Bench:
 
         return copy
 
-    def by_parameter(self) -> None:
+    def one_by_one(self) -> None:
         """The transaction with one gather and one request a parameter."""
         import deepspeed
 
@@ -200,18 +201,26 @@ class Bench:
         self.version = version
 
     def publish(self) -> dict[str, float]:
-        """One publication; its phases, its length, the engine's steps and the memory."""
+        """One publication; returns its phases."""
+        self.version += 1
+        return self.publisher.publish(self.version)
+
+    def transaction(self, action: Callable[[], dict[str, float] | None]) -> dict[str, float]:
+        """Seconds of a transaction, of its phases where it says them, and of the engine's steps."""
         if self.timed is not None:
             self.timed.seconds.clear()
-        self.version += 1
         phases: dict[str, float] = {}
-        with PeakMemory() as memory:
-            total = self.together(lambda: phases.update(self.publisher.publish(self.version)))
-        row = {"total": total, "extra": float(memory.extra)}
-        row |= {f"phase {name}": seconds for name, seconds in phases.items()}
+        row = {"pause -> resume": self.together(lambda: phases.update(action() or {}))}
+        row |= {f"  {name}": seconds for name, seconds in phases.items()}
         if self.timed is not None:
-            row |= {f"engine {name}": seconds for name, seconds in self.timed.seconds.items()}
+            row |= {f"  engine: {name}": seconds for name, seconds in self.timed.seconds.items()}
         return row
+
+    def extra_memory(self) -> int:
+        """Bytes that a publication takes on top on this rank."""
+        with PeakMemory() as memory:
+            self.publish()
+        return memory.extra
 
     def run(self) -> dict[str, Any]:
         """All measurements."""
@@ -225,15 +234,14 @@ class Bench:
         }
         memcpy = self.memcpy()
         memcpy()
-        pairs = [(self.together(self.write), self.together(memcpy)) for _ in range(3 * repeats)]
-        out["write"], out["memcpy"] = [w for w, _ in pairs], [m for _, m in pairs]
+        out["writes"] = [(self.together(self.write), self.together(memcpy)) for _ in range(3 * repeats)]
         biggest = max(shard.numel * shard.dtype.itemsize for shard in self.publisher.shards)
         self.single = Segment.create(biggest)
-        self.publish()
-        out["publish"], out["by parameter"] = [], []
-        for _ in range(repeats):
-            out["publish"].append(self.publish())
-            out["by parameter"].append(self.together(self.by_parameter))
+        # The first updates of a server meet untouched memory; these are not timed.
+        out["extra"] = max(self.extra_memory() for _ in range(3))
+        self.one_by_one()
+        pairs = [(self.transaction(self.publish), self.transaction(self.one_by_one)) for _ in range(repeats)]
+        out["transactions"], out["load"] = pairs, os.getloadavg()[0]
         return out
 
     def close(self) -> None:
@@ -252,57 +260,72 @@ def worker(folder: Path) -> dict[str, Any]:
         bench.close()
 
 
-def report(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Print the tables."""
-    lead, gigabytes = results[0], results[0]["bytes"] / 1e9
+def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the tables, a column for each engine; results: by engine, what each rank measured."""
+    leads = {engine: ranks[0] for engine, ranks in results.items()}
+    one = next(iter(leads.values()))
+    gigabytes = one["bytes"] / 1e9
     print(
-        f"{gigabytes:.3f} GB of {options.dtype} in {lead['tensors']} tensors, {len(results)} ZeRO-3 ranks -> 1 "
-        f"{options.engine} engine, {lead['buckets']} buckets of at most {options.bucket_mb} MiB, "
-        f"sync.verify {options.verify}, medians of {options.repeats} (copies: {3 * options.repeats})"
+        f"{gigabytes:.3f} GB of {options.dtype} in {one['tensors']} tensors, 2 ZeRO-3 ranks -> 1 engine, {one['buckets']} "
+        f"buckets of at most {options.bucket_mb} MiB, sync.verify {options.verify}, medians of {options.repeats} (copies: "
+        f"{3 * options.repeats}), {os.cpu_count()} cores, load "
+        + ", ".join(f"{lead['load']:.1f} ({engine})" for engine, lead in leads.items())
     )
-    write, memcpy = statistics.median(lead["write"]), statistics.median(lead["memcpy"])
-    print(f"\n{'trainer side, both ranks':<34}{'ms':>9}{'GB/s':>9}")
-    for name, seconds in (("write, first time", lead["first write"]), ("write", write), ("memcpy", memcpy)):
-        print(f"{name:<34}{seconds * 1e3:>9.1f}{gigabytes / seconds:>9.2f}")
-    _ratio("write / memcpy, GB/s", memcpy / write, GOALS["write"], "at least")
+    _row("trainer side, GB/s", leads)
+    writes = {engine: [gigabytes / write for write, _ in lead["writes"]] for engine, lead in leads.items()}
+    copies = {engine: [gigabytes / memcpy for _, memcpy in lead["writes"]] for engine, lead in leads.items()}
+    _row("first write", {engine: gigabytes / lead["first write"] for engine, lead in leads.items()}, 2)
+    _row("write", {engine: statistics.median(rates) for engine, rates in writes.items()}, 2)
+    _row("memcpy", {engine: statistics.median(rates) for engine, rates in copies.items()}, 2)
+    ratios = {engine: [m / w for w, m in lead["writes"]] for engine, lead in leads.items()}
+    _goal("write / memcpy", {engine: statistics.median(r) for engine, r in ratios.items()}, "write", "at least")
 
-    def median(key: str, rows: list[dict[str, float]]) -> float:
-        return statistics.median(row[key] for row in rows)
+    for side, name in enumerate(("publish, ms", "one by one, ms")):
+        _row(name, leads)
+        rows = {engine: [pair[side] for pair in lead["transactions"]] for engine, lead in leads.items()}
+        for key in next(iter(rows.values()))[0]:
+            _row(key, {engine: 1e3 * statistics.median(row[key] for row in many) for engine, many in rows.items()}, 1)
+    total = "pause -> resume"
+    speedups = {
+        engine: statistics.median(single[total] / publish[total] for publish, single in lead["transactions"])
+        for engine, lead in leads.items()
+    }
+    _goal("one by one / publish", speedups, "speedup", "at least")
 
-    print(f"\n{'transaction':<34}{'ms':>9}{'GB/s':>9}")
-    whole, parameters = median("total", lead["publish"]), statistics.median(lead["by parameter"])
-    print(f"{'publish, pause -> resume':<34}{whole * 1e3:>9.1f}{gigabytes / whole:>9.2f}")
-    for key in lead["publish"][0]:
-        if key.startswith(("phase ", "engine ")):
-            print(f"{'  ' + key:<34}{median(key, lead['publish']) * 1e3:>9.1f}")
-    print(f"{'one gather and request a parameter':<34}{parameters * 1e3:>9.1f}{gigabytes / parameters:>9.2f}")
-    _ratio("speed-up", parameters / whole, GOALS["speedup"], "at least")
-
-    print(f"\n{'memory':<34}{'MB':>9}{'buckets':>9}")
-    extras = [max(row["extra"] for row in result["publish"]) for result in results]
-    for rank, extra in enumerate(extras):
-        print(f"{f'extra on rank {rank}':<34}{extra / 1e6:>9.1f}{extra / lead['half']:>9.2f}")
-    _ratio("peak, in buckets", max(extras) / lead["half"], GOALS["memory"], "at most")
+    _row("memory of a rank, on top", leads)
+    extra = {engine: max(rank["extra"] for rank in ranks) for engine, ranks in results.items()}
+    _row("peak, MB", {engine: nbytes / 1e6 for engine, nbytes in extra.items()}, 1)
+    _goal("peak, buckets", {e: nbytes / leads[e]["half"] for e, nbytes in extra.items()}, "memory", "at most")
 
 
-def _ratio(name: str, value: float, goal: float, sense: str) -> None:
-    met = value >= goal if sense == "at least" else value <= goal
-    print(f"{name:<34}{value:>9.2f}   goal {sense} {goal:g}: {'met' if met else 'MISSED'}")
+def _row(name: str, values: dict[str, Any], digits: int | None = None) -> None:
+    """One line; without digits a heading, with the engines' names."""
+    cells = [f"{engine:>10}" if digits is None else f"{value:>10.{digits}f}" for engine, value in values.items()]
+    print(("\n" if digits is None else "") + f"{name:<28}" + "".join(cells))
+
+
+def _goal(name: str, values: dict[str, float], goal: str, sense: str) -> None:
+    met = [v >= GOALS[goal] if sense == "at least" else v <= GOALS[goal] for v in values.values()]
+    cells = "".join(f"{value:>10.2f}" for value in values.values())
+    print(f"{name:<28}{cells}   goal {sense} {GOALS[goal]:g}: {', '.join('met' if m else 'MISSED' for m in met)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="vllm", choices=["vllm", "sglang", "hf"])
+    parser.add_argument("--engine", nargs="+", default=["vllm"], choices=["vllm", "sglang"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--verify", default="sampled", choices=["off", "sampled", "full"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "options.json").write_text(json.dumps(vars(options)))
-        make_model(options.dtype, folder / "model")
-        report(options, launch("tests.benchmarks.sync:worker", 2, folder, timeout_s=900.0))
+    results: dict[str, list[dict[str, Any]]] = {}
+    for engine in options.engine:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "options.json").write_text(json.dumps(vars(options) | {"engine": engine}))
+            make_model(options.dtype, folder / "model")
+            results[engine] = launch("tests.benchmarks.sync:worker", 2, folder, timeout_s=900.0)
+    report(options, results)
 
 
 if __name__ == "__main__":

@@ -162,13 +162,13 @@ def make_model(folder: Path, *, tied: bool) -> None:
     model.save_pretrained(folder)
 
 
-def make_neighbour(model: Path, folder: Path, seed: int) -> None:
+def make_neighbour(model: Path, folder: Path, *, seed: int, scale: float) -> None:
     """A model whose weights lie close to another's: the policy at the start of a round, or a reference."""
     random = torch.Generator().manual_seed(seed)
     other = read_model(model, torch.float32)
     with torch.no_grad():
         for param in other.parameters():
-            param.add_(0.01 * torch.randn(param.shape, generator=random))
+            param.add_(scale * torch.randn(param.shape, generator=random))
     other.save_pretrained(folder)
 
 
@@ -243,8 +243,9 @@ def make_inputs(folder: Path) -> None:
     """Model folders and samples, for ranks to read."""
     for tied in (False, True):
         make_model(folder / ("tied" if tied else "untied"), tied=tied)
-    for seed, name in enumerate(("start", "reference")):
-        make_neighbour(folder / "untied", folder / name, seed)
+    # Log-probabilities then differ by about 0.2 and 0.4: some ratios are clipped, no exponential swells rounding errors.
+    make_neighbour(folder / "untied", folder / "start", seed=0, scale=0.004)
+    make_neighbour(folder / "untied", folder / "reference", seed=1, scale=0.008)
     torch.save(make_samples(read_model(folder / "untied", torch.float64)), folder / "samples.pt")
     torch.save(make_rollouts(read_model(folder / "start", torch.float64)), folder / "rollouts.pt")
 

@@ -28,7 +28,7 @@ def logprobs(model: Any, raw: dict[str, Tensor]) -> Tensor:
 def token_losses(case: GradientCase, lp: Tensor, raw: dict[str, Tensor]) -> Tensor:
     """(L,) losses of one sequence's response tokens."""
     mask = raw["response_mask"]
-    a, roll, ref = (raw[k][mask].double() for k in ("advantages", "rollout_logprobs", "ref"))
+    a, roll = (raw[k][mask].double() for k in ("advantages", "rollout_logprobs"))
     old = raw["old"][mask].double() if case.old else lp.detach()
     q = lp - old
     rho = q.exp()
@@ -49,7 +49,7 @@ def token_losses(case: GradientCase, lp: Tensor, raw: dict[str, Tensor]) -> Tens
         loss = -a * lp
     loss = loss * _weights(case, old, roll)
     if case.kl == "loss":
-        d = lp - ref
+        d = lp - raw["ref"][mask].double()
         loss = loss + KL_COEF * ((-d).exp() - 1 + d)
     return loss
 

@@ -6,7 +6,8 @@ import copy
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 from grpo_ds.engine.base import EngineError, RawRollout, SamplingSpec
 from tests.engine.bench import Bench, assert_logprobs_match, requests
 from tests.engine.conftest import SGLANG
-from tests.engine.test_process import descendants
+from tests.engine.test_process import command_of, descendants
 from tests.engine.test_update import Sender, perturb, publish
 
 GREEDY = SamplingSpec(n=1, max_tokens=8, temperature=0.0)
@@ -38,24 +39,27 @@ def computing(engine: Any) -> psutil.Process:
     """The process that runs the scheduler and the model; the web server is another one."""
     titles = ("sglang::scheduler", "VLLM::EngineCor")  # the kernel cuts names to 15 characters
     family = descendants(engine._process.pid)
-    (found,) = [p for p in family if p.name()[:15].startswith(titles) or "VLLM::EngineCore" in " ".join(p.cmdline())]
+    (found,) = [p for p in family if p.name()[:15].startswith(titles) or "VLLM::EngineCore" in command_of(p)]
     return found
 
 
-def aborted_after(bench: Bench, seconds: float, spec: SamplingSpec) -> tuple[list[list[RawRollout]], float]:
-    """The answers to 48 requests that are aborted after so many seconds, and how long the abort took."""
+@contextmanager
+def under_way(bench: Bench, count: int, spec: SamplingSpec) -> Iterator[Future[list[list[RawRollout]]]]:
+    """So many requests that have begun: one that came after them is answered already."""
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(bench.engine.generate, requests(48), spec)
-        time.sleep(seconds)
-        begun = time.monotonic()
-        bench.engine.abort()
-        took = time.monotonic() - begun
-        return running.result(timeout=5), took
+        running = threads.submit(bench.engine.generate, requests(count), spec)
+        time.sleep(0.3)
+        bench.engine.generate(requests(1, seed=900), SamplingSpec(n=1, max_tokens=30))
+        yield running
 
 
 def test_an_abort_ends_running_requests_with_the_tokens_they_have(bench: Bench) -> None:
     spec = SamplingSpec(n=4, max_tokens=200)
-    answers, took = aborted_after(bench, 0.8, spec)
+    with under_way(bench, 48, spec) as running:
+        begun = time.monotonic()
+        bench.engine.abort()
+        took = time.monotonic() - begun
+        answers = running.result(timeout=5)
     assert took < 20, "the rest would take longer"
     cut = [rollout for rollouts in answers for rollout in rollouts if rollout.finish_reason == "abort"]
     assert len(cut) >= 48, "most were under way or waiting"
@@ -82,9 +86,7 @@ def test_an_abort_of_an_idle_engine_is_nothing(bench: Bench) -> None:
 
 
 def test_paused_requests_can_be_aborted(served: Bench) -> None:
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(served.engine.generate, requests(24), SamplingSpec(n=2, max_tokens=200))
-        time.sleep(0.8)
+    with under_way(served, 24, SamplingSpec(n=2, max_tokens=200)) as running:
         served.engine.pause()
         served.engine.abort()
         answers = running.result(timeout=5)
@@ -121,9 +123,7 @@ def test_requests_in_flight_go_on_under_the_new_policy(served: Bench, sender: Se
 def test_an_engine_sleeps_until_the_next_publication(served: Bench, sender: Sender) -> None:
     """The order of calls that a GPU needs, on a server whose CPU frees nothing: it ends up awake, with new weights."""
     engine = served.engine
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(engine.generate, requests(24), SamplingSpec(n=2, max_tokens=200))
-        time.sleep(0.3)
+    with under_way(served, 24, SamplingSpec(n=2, max_tokens=200)) as running:
         with pytest.raises(EngineError, match="cannot sleep while requests are in flight"):
             engine.sleep()
         running.result()

@@ -105,7 +105,15 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def engine_core_runs(pid: int) -> bool:
-    return any("EngineCore" in " ".join(p.cmdline()) for p in descendants(pid) if p.is_running())
+    return any("EngineCore" in command_of(process) for process in descendants(pid))
+
+
+def command_of(process: psutil.Process) -> str:
+    """Empty for a process that has ended in the meantime."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +167,12 @@ def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> N
     temporary.mkdir()
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
     with subprocess.Popen(command, env=env) as trainer:
-        wait_for("vLLM's engine process", lambda: engine_core_runs(trainer.pid), 200)
-        family = descendants(trainer.pid)
-        assert list(temporary.glob("grpo-ds-*/*")), "the server has sockets"
-        trainer.kill()
+        try:
+            wait_for("vLLM's engine process", lambda: engine_core_runs(trainer.pid), 200)
+            family = descendants(trainer.pid)
+            assert list(temporary.glob("grpo-ds-*/*")), "the server has sockets"
+        finally:
+            trainer.kill()
         wait_for("the end of the server's processes", lambda: gone(family), 20)
         wait_for("an empty folder for temporary files", lambda: not list(temporary.iterdir()), 5)
 

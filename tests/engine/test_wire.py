@@ -95,7 +95,7 @@ def test_an_answer_that_is_not_whole_is_refused_by_request(changes: dict[str, An
 
 
 def test_only_an_aborted_response_may_be_empty() -> None:
-    empty = {"token_ids": [], "logprobs": None, "weight_versions": None, "finish_reason": "abort"}
+    empty: dict[str, Any] = {"token_ids": [], "logprobs": None, "weight_versions": None, "finish_reason": "abort"}
     first, second = parse_response({"choices": [choice(0, **empty), choice(1, finish_reason="abort")]}, REQUEST, SPEC)
     assert (first.token_ids, first.logprobs, first.finish_reason, first.spans) == ((), (), "abort", ())
     assert (second.token_ids, second.finish_reason) == ((7, 8, 9), "abort")

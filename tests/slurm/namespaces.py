@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -100,30 +101,31 @@ def program(name: str, package: str) -> str:
 
 @contextmanager
 def ssh_servers(namespaces: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
-    """An sshd on each node that lets this test in; yields the variables with which pdsh reaches them."""
-    for name in ("host", "user"):
-        words = [program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
-        subprocess.run(words, check=True, timeout=30)
-    (folder / "authorized").write_text((folder / "user.pub").read_text())
-    options = [f"AuthorizedKeysFile={folder}/authorized", "StrictModes=no", "PidFile=none", "PasswordAuthentication=no"]
-    options += [f"HostKey={folder}/host", "UsePAM=yes"]
-    server = [
-        program("sshd", "openssh-server"),
-        "-D",
-        "-e",
-        "-f",
-        "/dev/null",
-        *(w for o in options for w in ("-o", o)),
-    ]
+    """A dropbear on each node that lets this test in; yields the variables with which pdsh reaches them.
+
+    Not OpenSSH's server: Debian's package of that one would start a daemon on this machine.
+    """
+    keys = folder / "ssh"
+    keys.mkdir(mode=0o700)
+    host, user = str(keys / "host"), str(keys / "user")
+    make_host = [program("dropbearkey", "dropbear-bin"), "-t", "ed25519", "-f", host]
+    make_user = [program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-f", user]
+    for words in (make_host, make_user):
+        subprocess.run(words, check=True, timeout=30, capture_output=True)
+    (keys / "authorized_keys").write_text((keys / "user.pub").read_text())
+    # It reads nothing but the home folder's .ssh, so the node has one of its own there.
+    home = f"{pwd.getpwuid(os.getuid()).pw_dir}/.ssh"
+    setup = f"mkdir -p -m 700 {home} && mount --bind {keys} {home}"
+    server = [program("dropbear", "dropbear-bin"), "-F", "-E", "-s", "-m", "-r", host]
     logs = [folder / f"sshd-{k}.log" for k in range(len(namespaces))]
     daemons = []
     try:
-        for namespace, log in zip(namespaces, logs, strict=True):
-            command = inside(namespace, *server, setup="mount -t tmpfs none /run && mkdir /run/sshd")
+        for namespace, address, log in zip(namespaces, ADDRESSES, logs, strict=True):
+            command = inside(namespace, *server, "-p", f"{address}:22", "-P", f"{log}.pid", setup=setup)
             with open(log, "wb") as out:
                 daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
-        wait_for("both sshd listen", lambda: all("listening" in log.read_text() for log in logs), 30)
-        trust = f"-i {folder}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        wait_for("both ssh servers listen", lambda: all("Not backgrounding" in log.read_text() for log in logs), 30)
+        trust = f"-i {user} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         yield {"PDSH_SSH_ARGS_APPEND": trust}
     finally:
         for daemon in daemons:

@@ -158,7 +158,10 @@ def test_a_cancelled_job_leaves_nothing_behind(cluster: Cluster, home: Path, rec
 def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
     cluster: Cluster, home: Path, recipe: Path, pace: Pace
 ) -> None:
-    """n2 disappears for good: the rank of n1 names it and ends, the job is queued again and finishes on one node."""
+    """n2 disappears for good: the rank of n1 names it and ends, the job is queued again and finishes on one node.
+
+    Who queues it again, the script that asks all nodes or SLURM that misses one, is a matter of seconds.
+    """
     rounds = 12
     pace.slow()
     job = cluster.submit(
@@ -176,7 +179,6 @@ def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
     done = job.rounds()
     assert done < rounds
     assert "stopped: " in job.screen and "no answer from rank 1 on n2" in job.screen, "the rank names the lost node"
-    assert "queued again: lost n2" in job.screen, "so does the job"
     wait_for("SLURM to notice", lambda: "n2 down" in cluster.command("sinfo", "-h", "-N", "-o", "%N %T"), 120)
     cluster.command("scontrol", "update", f"JobId={job.number}", "NumNodes=1", "NumTasks=1")
     pace.free()
@@ -188,8 +190,9 @@ def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    """python launch/train.py ...; srun names the script further behind."""
-    return command_line(process).split()[1:2] == ["launch/train.py"]
+    """python launch/train.py ..., but not a child that was forked from one; srun names the script further behind."""
+    chain = [process, *process.parents()[:1]]
+    return [command_line(p).split()[1:2] == ["launch/train.py"] for p in chain] == [True, False]
 
 
 def test_a_wrong_recipe_fails_at_once_and_is_not_queued_again(cluster: Cluster, home: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,14 @@ def test_a_key_that_is_none_is_refused_without_being_shown(monkeypatch: pytest.M
 def test_nothing_listens_to_other_machines_without_a_key(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="lets other machines change the weights: set .*GRPO_DS_ENGINE_KEY"):
         listen_words(words)
+
+
+def test_the_command_of_an_engine_node_ends_with_the_sentence() -> None:
+    words = [sys.executable, "-m", "grpo_ds.engine.serve", "--model", "m", "--host", "0.0.0.0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("--host 0.0.0.0 lets other machines change the weights: set the environment variable")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_host_is_always_said(key: str) -> None:

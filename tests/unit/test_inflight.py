@@ -261,6 +261,34 @@ def test_a_health_check_in_an_update_judges_nobody(diary: Diary) -> None:
     pool.close()
 
 
+def test_an_answer_to_a_health_check_from_before_an_update_judges_nobody(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=1, stall=4.0)
+    (engine,) = diary.made
+    engine.holds = lambda request: True
+    checked, go_on, calls = threading.Event(), threading.Event(), Counter[str]()
+
+    def late_version() -> int:
+        """The first one is answered with the version of when it was asked."""
+        held = engine.held
+        calls["version"] += 1
+        if not checked.is_set():
+            checked.set()
+            wait_for("the end of the update", go_on.is_set)
+        return held
+
+    engine.version = late_version  # type: ignore[method-assign]
+    running = in_flight(pool)
+    running.ask(prompts(0, 1), 0)
+    wait_for("a health check", checked.is_set)
+    publish(pool, 1)
+    go_on.set()
+    wait_for("the next health check, after the late one and the update's", lambda: calls["version"] >= 3)
+    engine.holds = lambda request: False
+    assert len(collected(running, 2)) == 2
+    assert pool.take_counts()["quarantined"] == 0
+    pool.close()
+
+
 def slow_until(third: int, when: float) -> Callable[[Request], bool]:
     """Every third prompt waits until then."""
     return lambda request: int(request.request_id.split("-")[-1]) % 3 == third and time.monotonic() < when

@@ -63,7 +63,7 @@ def test_between_nodes_the_address_towards_the_first_one_is_told(monkeypatch: py
         assert peer.host.startswith("127.0.0."), "what the kernel would send from"
     kept, peer = listen(0, on_first_node=True, one_node=False)
     with kept:
-        assert peer.host == "127.0.0.5" and kept.getsockname()[0] == "0.0.0.0"
+        assert peer.host == "127.0.0.5" and kept.getsockname()[0] == "0.0.0.0", "a name that means loopback only here"
 
 
 def test_the_name_is_slurms_where_slurm_runs(monkeypatch: pytest.MonkeyPatch) -> None:

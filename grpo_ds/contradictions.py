@@ -1,0 +1,57 @@
+"""Settings of different sections that cannot stand together, each with the reason and what to do. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grpo_ds.config import Recipe
+
+
+def contradictions(recipe: Recipe) -> Iterator[str]:
+    """One sentence for each."""
+    yield from _about_sampling(recipe)
+    yield from _about_sync_mode(recipe)
+
+
+def _about_sampling(recipe: Recipe) -> Iterator[str]:
+    r = recipe.rollout
+    if recipe.algorithm.importance.level != "off" and (r.top_p != 1.0 or r.top_k != 0):
+        yield (
+            "rollout.top_p and rollout.top_k must be off while algorithm.importance.level is not off: the engine "
+            "normalises over the kept tokens only, so importance weights would be wrong; set "
+            "algorithm.importance.level: off, or sample from the full distribution"
+        )
+    if recipe.algorithm.filter_groups.enable and r.n < 2:
+        yield "algorithm.filter_groups.enable needs rollout.n >= 2: the scores of a single response never differ"
+    if recipe.reward.overlong_buffer_len > r.max_response_tokens:
+        yield (
+            f"reward.overlong_buffer_len ({recipe.reward.overlong_buffer_len}) exceeds rollout.max_response_tokens "
+            f"({r.max_response_tokens}): the buffer is the last part of the longest response"
+        )
+    longest = recipe.data.max_prompt_tokens + r.max_response_tokens
+    if longest > recipe.train.micro_batch_tokens:
+        yield (
+            f"train.micro_batch_tokens ({recipe.train.micro_batch_tokens}) is below data.max_prompt_tokens + "
+            f"rollout.max_response_tokens ({longest}): a sequence is never split, so the longest one must fit"
+        )
+
+
+def _about_sync_mode(recipe: Recipe) -> Iterator[str]:
+    mode = recipe.sync.mode
+    if mode != "drain" and recipe.engine.kind == "hf":
+        yield (
+            f"sync.mode {mode} needs an engine that answers while the trainer works, and engine.kind hf is part of the "
+            "trainer: set sync.mode: drain"
+        )
+    if mode == "keep" and recipe.algorithm.filter_groups.max_staleness == 0:
+        yield (
+            "sync.mode keep carries requests over a publication, and algorithm.filter_groups.max_staleness: 0 would drop "
+            "all of them: raise it, or set sync.mode: abort"
+        )
+    if mode == "keep" and recipe.engine.sleep:
+        yield (
+            "sync.mode keep needs an engine that works beside the trainer, and engine.sleep takes its memory away: set "
+            "sync.mode: abort"
+        )
