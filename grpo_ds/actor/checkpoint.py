@@ -1,9 +1,9 @@
 """Checkpoints: everything the loop needs to go on as if it had not stopped.
 
 A checkpoint is DeepSpeed's own (weights, optimizer), `trainer.json` (round, policy version, prompt cursor, prompts in
-flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a temporary name and renamed, so a
-folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are functions of train.seed and the
-round, and torch is seeded from them at each round.
+flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a temporary name and
+renamed, so a folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are functions of
+train.seed and the round, and torch is seeded from them at each round.
 
 Bytes at 70B: 16 B a parameter (bf16 weights, fp32 master and moments), written by all ranks in parallel: 2.2 GB a rank
 on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,7 @@ def _from_logits(
             parts.append(value(logits, _Tokens(batch.targets[rows], batch.rollout_logprobs[rows])))
         return torch.cat(parts)
 
-    return [gate.policy.observe(b, lambda hidden, own, b=b: of(b, hidden, own)) for b in probe.batches]
+    return [gate.policy.observe(batch, partial(of, batch)) for batch in probe.batches]
 
 
 def temperature(gate: ParityGate, probe: Probe) -> list[Finding]:
@@ -150,7 +151,7 @@ _PER_TOKEN = ("token_ids", "response_mask", "rollout_logprobs", "advantages", "v
 
 def with_first(sample: Sample, token: int) -> Sample:
     """The sequence with a prompt token before it."""
-    values = {
+    values: dict[str, Any] = {
         name: torch.cat([torch.zeros_like(getattr(sample, name)[:1]), getattr(sample, name)]) for name in _PER_TOKEN
     }
     values["token_ids"][0] = token

@@ -130,9 +130,14 @@ class ParityGate:
         """Raises ParityError with a diagnosis when the last probe is above the limits; nothing before the first one."""
         if self.probe is None:
             return
-        if not self.probe.gap.within(self.limits):
+        if not self.passed:
             raise ParityError(f"{self.report()}. {self.diagnose()}")
         self.agreed, self.agreed_version = self.probe.answers, self.version
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was a probe and it is within the limits; the same on every rank."""
+        return self.probe is not None and self.probe.gap.within(self.limits)
 
     def report(self) -> str:
         """The last probe in one line."""

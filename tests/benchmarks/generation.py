@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from grpo_ds.config import EngineConfig  # noqa: E402
-from grpo_ds.engine.base import Request, SamplingSpec  # noqa: E402
-from grpo_ds.engine.vllm import VllmEngine  # noqa: E402
-from grpo_ds.engine.vllm_wire import generate_body  # noqa: E402
+from grpo_ds.engine.base import EngineSettings, Request, SamplingSpec  # noqa: E402
+from grpo_ds.engine.vllm import VllmEngine, server_environment  # noqa: E402
+from grpo_ds.engine.vllm_wire import generate_body, server_args  # noqa: E402
 
 GOAL = 0.95
 VOCABULARY = 4096
@@ -104,15 +104,16 @@ def bare(options: argparse.Namespace, args: list[str]) -> None:
 class Bare:
     """The other end of `bare`."""
 
-    def __init__(self, options: argparse.Namespace, engine: VllmEngine, folder: Path) -> None:
-        (folder / "bare.json").write_text(json.dumps([vars(options), engine._args]))
+    def __init__(self, options: argparse.Namespace, args: list[str], folder: Path) -> None:
+        """args: the server's own command line."""
+        (folder / "bare.json").write_text(json.dumps([vars(options), args]))
         with open(folder / "bare.log", "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "--bare", str(folder / "bare.json")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=engine._env,
+                env=server_environment("cpu"),
                 text=True,
             )
         self.log = folder / "bare.log"
@@ -155,8 +156,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     millions = make_model(options.hidden, options.layers, folder / "model")
     config = EngineConfig(kind="vllm", start_timeout_s=400, args=BATCHING)
     length = options.prompt_tokens + options.max_tokens
-    engine = VllmEngine(config, str(folder / "model"), "float32", length, folder, "cpu", 0)
-    other = Bare(options, engine, folder)
+    settings = EngineSettings(str(folder / "model"), "float32", length, folder, "cpu", 0)
+    engine = VllmEngine(config, settings)
+    other = Bare(options, server_args(config, settings), folder)
     try:
         engine.start()
         other.read("READY")

@@ -127,9 +127,15 @@ class Bench:
         path, dtype = str(folder / "model"), self.options["dtype"]
         engine: Any = None
         if self.ranks.leads_node:
-            config = EngineConfig(kind=self.options["engine"], start_timeout_s=400)
+            engine_config = EngineConfig(kind=self.options["engine"], start_timeout_s=400)
             engine = make_engine(
-                config, model_path=path, dtype=dtype, max_model_len=256, log_dir=folder, device="cpu", seed=0
+                engine_config,
+                model_path=path,
+                dtype=dtype,
+                max_model_len=256,
+                log_dir=folder,
+                device="cpu",
+                seed=0,
             )
             engine.start()
         try:

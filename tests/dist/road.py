@@ -48,8 +48,8 @@ class Recorder(Policy):
         self.start = start
         self.gradients: list[dict[str, Tensor]] = []
 
-    def logprobs(self, micro: MicroBatch) -> Tensor:
-        return self.start.logprobs(micro) if self.start else super().logprobs(micro)
+    def logprobs(self, micro: MicroBatch, autocast: torch.dtype | None = None) -> Tensor:
+        return self.start.logprobs(micro, autocast) if self.start else super().logprobs(micro, autocast)
 
     def step(self) -> float:
         self.gradients.append(gradient_of(self))

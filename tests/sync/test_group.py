@@ -37,7 +37,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture(scope="module")
 def publisher(bench: Bench, ranks: Ranks) -> Iterator[WeightPublisher]:
     # Buckets of one module each: the memory is used again and again.
-    config = SyncConfig(bucket_mb=0, verify="full", timeout_s=120)  # type: ignore[arg-type]
+    config = SyncConfig(bucket_mb=0, verify="full", timeout_s=120)
     made = WeightPublisher(Wrapped(bench.model), ranks, bench.engine, config, "group")
     yield made
     made.close()

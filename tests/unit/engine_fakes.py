@@ -138,8 +138,8 @@ class FakeEngine:
 
 def answer_to(request: Request, spec: SamplingSpec, version: int, began: int | None = None) -> list[RawRollout]:
     """One token a response; one more of policy `began` before it, when that was another one."""
-    spans = (VersionSpan(version, 0, 1),)
-    if began not in (None, version):
+    spans: tuple[VersionSpan, ...] = (VersionSpan(version, 0, 1),)
+    if began is not None and began != version:
         spans = (VersionSpan(began, 0, 1), VersionSpan(version, 1, 2))
     size = len(spans)
     return [RawRollout((request.seed + k,) * size, (-1.0,) * size, "stop", spans) for k in range(spec.n)]

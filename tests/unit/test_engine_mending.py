@@ -156,7 +156,7 @@ def test_an_engine_of_its_own_is_sampled_without_any_talk_between_ranks() -> Non
             raise AssertionError("nothing to agree on")
 
     class Plain(FakeEngine):
-        def generate(self, requests: Any, spec: SamplingSpec) -> Any:
+        def generate(self, requests: Any, spec: SamplingSpec, on_answer: Any = None) -> Any:
             return [FakeEngine.generate(self, [request], spec)[0] for request in requests]
 
     engine = Plain(0, Diary())

@@ -53,6 +53,7 @@ SHARED = [
     "grpo_ds.plugins",
     "grpo_ds.plugin_options",
     "grpo_ds.dist",
+    "grpo_ds.peers",
     "grpo_ds.records",
     "grpo_ds.shards",
 ]

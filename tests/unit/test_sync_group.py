@@ -112,13 +112,19 @@ def test_a_process_that_was_started_later_is_told_so_at_once() -> None:
 def test_a_member_that_does_not_come_ends_the_wait_of_both_sides_with_their_names() -> None:
     sender = channel(workers=2, timeout_s=2)
     started = time.monotonic()
-    with pytest.raises(
-        RuntimeError, match=r"could not join the weight group of the trainer at 127\.0\.0\.1:\d+ within 2 s"
-    ), sender.carry(bucket(0, 4)) as told:
+    with (
+        pytest.raises(
+            RuntimeError, match=r"could not join the weight group of the trainer at 127\.0\.0\.1:\d+ within 2 s"
+        ),
+        sender.carry(bucket(0, 4)) as told,
+    ):
         read(BucketReader(), told)
-    with pytest.raises(
-        EngineError, match=r"weight group of http://127\.0\.0\.1:1 \(2 workers\) .* 2 s \(sync.timeout_s\)"
-    ), sender.carry(bucket(0, 4)):
+    with (
+        pytest.raises(
+            EngineError, match=r"weight group of http://127\.0\.0\.1:1 \(2 workers\) .* 2 s \(sync.timeout_s\)"
+        ),
+        sender.carry(bucket(0, 4)),
+    ):
         pass  # the server says it has the bucket, and nobody ever came for it
     assert time.monotonic() - started < 30
 
@@ -151,9 +157,10 @@ def test_a_worker_that_is_killed_in_the_middle_does_not_hold_the_trainer(threads
 
 
 def test_a_server_without_an_address_is_named() -> None:
-    with pytest.raises(EngineError, match=r"no weight group can be opened towards http://no-such-host\.invalid:80"):
-        with channel(server="http://no-such-host.invalid:80").carry(bucket(0, 4)):
-            pass
+    sender = channel(server="http://no-such-host.invalid:80")
+    wanted = r"no weight group can be opened towards http://no-such-host\.invalid:80"
+    with pytest.raises(EngineError, match=wanted), sender.carry(bucket(0, 4)):
+        pass
 
 
 def test_the_address_towards_this_machine_is_its_own() -> None:

@@ -1,6 +1,6 @@
 """What an engine node runs: the server of a run's recipe, for a trainer on other nodes.
 
-    python -m grpo_ds.engine.dedicated --announce FILE [the arguments of launch/train.py]
+    python -m grpo_ds.engine_node --announce FILE [the arguments of launch/train.py]
 
 takes the same recipe and options as the run, so that model, dtype, lengths and engine.args agree, writes the server's
 URL into FILE, and becomes the server. It listens on the address that leads to MASTER_ADDR, the first training node, and
@@ -56,14 +56,14 @@ def main(argv: list[str]) -> None:
     from grpo_ds.recipe import read_recipe, resolve_path
 
     if argv[:1] != ["--announce"] or len(argv) < 2:
-        sys.exit("usage: python -m grpo_ds.engine.dedicated --announce FILE [the arguments of launch/train.py]")
+        sys.exit("usage: python -m grpo_ds.engine_node --announce FILE [the arguments of launch/train.py]")
     try:
         recipe, bases = read_recipe(argv[2:])
         model = str(resolve_path(recipe.model.path, bases) or recipe.model.path)
         words, env = command(recipe, model, backend.resolve_dtype(recipe.model), backend.device_kind())
         host = address_towards(os.environ["MASTER_ADDR"])
     except RecipeError as error:
-        sys.exit(f"grpo_ds.engine.dedicated: {error}")
+        sys.exit(f"grpo_ds.engine_node: {error}")
     port = int(recipe.engine.args.get("port", 0)) or _free_port(host)
     words += ["--host", host, "--port", str(port)]
     _announce(Path(argv[1]), f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")

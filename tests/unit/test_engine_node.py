@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.config import Recipe, RecipeError
-from grpo_ds.engine.dedicated import command
+from grpo_ds.engine_node import command
 from grpo_ds.recipe import read_recipe
 
 
@@ -53,7 +53,7 @@ def test_it_says_where_it_is_before_it_becomes_the_server(tmp_path: Path) -> Non
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    words = [sys.executable, "-m", "grpo_ds.engine.dedicated", "--announce", str(tmp_path / "url")]
+    words = [sys.executable, "-m", "grpo_ds.engine_node", "--announce", str(tmp_path / "url")]
     words += ["--recipe", "quickstart.yaml", "--engine.python", str(python)]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=True)
@@ -62,4 +62,4 @@ def test_it_says_where_it_is_before_it_becomes_the_server(tmp_path: Path) -> Non
     assert url == f"http://{host}:{port}" and host == "127.0.0.1"
     refused = subprocess.run([*words, "--engine.kind", "hf"], env=env, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
-    assert refused.stderr.strip().splitlines()[-1].startswith("grpo_ds.engine.dedicated: engine.kind hf has no server")
+    assert refused.stderr.strip().splitlines()[-1].startswith("grpo_ds.engine_node: engine.kind hf has no server")
