@@ -194,3 +194,13 @@ def test_the_top_level_holds_what_the_readme_names() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert top <= TOP_LEVEL, f"not expected at the top level: {sorted(top - TOP_LEVEL)}"
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
+    left_out = [
+        path.as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for pattern in pytestconfig.getini("norecursedirs")
+        if any(fnmatch(part, pattern) for part in path.relative_to(ROOT).parts)
+    ]
+    assert not left_out
