@@ -22,8 +22,8 @@ from grpo_ds.dist import Ranks
 from grpo_ds.filters import Decision
 from grpo_ds.types import Group, Prompt, Rollout
 
-ABORTED = "aborted"
-"""Verdict on a prompt whose requests were aborted."""
+DROPPED = "dropped/"
+"""Begins the names under which dropped groups are counted; the filter's reason, whatever it is, ends them."""
 
 
 class Exhausted(RuntimeError):
@@ -76,7 +76,8 @@ class Verdict:
     index: int
     """Prompt index: the draw order."""
     keep: bool
-    reason: str
+    reason: str | None
+    """The filter's; None: there is no group, because the prompt's requests were aborted."""
     version: int
     node: int
 
@@ -90,7 +91,7 @@ class Collection:
     order: list[int]
     """Prompt indices of all groups of the round on all nodes, ascending."""
     counts: dict[str, int]
-    """Groups by verdict (kept, all_right, ...), `stale`, `surplus`, `asked_again`, `in_flight`; `batches` generated."""
+    """Groups: `kept`, `dropped/<reason>`, `surplus`; prompts: `aborted`, `asked_again`, `in_flight`; `batches` drawn."""
     rollouts: list[Group] = field(default_factory=list)
     """Everything this node generated in the round, kept or not, for the record."""
     lags: list[int] = field(default_factory=list)
@@ -163,7 +164,7 @@ class Collector:
     def _drop_stale(self, version: int, counts: Counter[str]) -> None:
         fresh = [g for g in self.carried if version - g.version <= self.filter.max_staleness]
         dropped = self.ranks.all_gather(len(self.carried) - len(fresh), "stale groups")
-        counts["stale"] = sum(dropped)
+        counts[f"{DROPPED}stale"] = sum(dropped)
         self.carried = fresh
 
     def _ask(self, round_index: int, counts: Counter[str]) -> bool:
@@ -193,12 +194,15 @@ class Collector:
         decisions = [self._decide(group, version) for group in fresh]
         self.carried += [g for g, d in zip(fresh, decisions, strict=True) if d.keep]
         mine = [self._verdict(g, d) for g, d in zip(fresh, decisions, strict=True)]
-        mine += [Verdict(a.prompt.index, False, ABORTED, version, self.ranks.node) for a in answers if a.train is None]
+        mine += [Verdict(a.prompt.index, False, None, version, self.ranks.node) for a in answers if a.train is None]
         verdicts = self._agree(mine)
-        counts.update(v.reason for v in verdicts)
+        kept = [v for v in verdicts if v.keep]
+        aborted = sorted(v.index for v in verdicts if v.reason is None)
+        counts.update(kept=len(kept), aborted=len(aborted))
+        counts.update(f"{DROPPED}{v.reason}" for v in verdicts if not v.keep and v.reason is not None)
         self.in_flight -= {v.index for v in verdicts}
-        self.again += sorted(v.index for v in verdicts if v.reason == ABORTED)
-        return [v for v in verdicts if v.keep]
+        self.again += aborted
+        return kept
 
     def _score(self, answers: list[Answer], clock: Clock) -> list[Group]:
         """The groups of what was not aborted."""
@@ -233,7 +237,8 @@ class Collector:
     def _exhausted(self, round_index: int, counts: Counter[str], have: int, needed: int) -> None:
         if have and self.filter.on_exhausted == "train_partial":
             return
-        seen = ", ".join(f"{counts[r]} {r}" for r in ("kept", "all_right", "all_wrong", "unscorable") if counts[r])
+        fates = ("kept", *(name for name in counts if name.startswith(DROPPED)))
+        seen = ", ".join(f"{counts[name]} {name.removeprefix(DROPPED)}" for name in fates if counts[name])
         raise Exhausted(
             f"round {round_index}: {counts['batches']} generation batches (algorithm.filter_groups.max_num_gen_batches)"
             f" gave {have} of {needed} groups whose scores differ ({seen or 'no group at all'}): use easier or harder"

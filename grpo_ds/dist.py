@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_ds.peers import Peer, describe, listen, silent
+from grpo_ds.peers import Peer, describe, listen, node_name, silent
 
 
 class DistError(RuntimeError):
@@ -91,14 +91,18 @@ class Ranks:
                 column = dist.new_group(members, backend="gloo", timeout=timeout)
                 if local == self.local_rank:
                     self._column = column
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
+        except RuntimeError as error:  # of the store, or of the groups' own connections
             port = os.environ.get("MASTER_PORT")
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                 raise DistError(
                     f"MASTER_PORT {port} is taken by another program on this machine: start with another one "
                     "(deepspeed --master_port N, torchrun --master-port N)"
                 ) from None
-            raise DistError(f"rank {self.rank} could not join the others at MASTER_PORT {port}: {error}") from error
+            reason = str(error).splitlines()[0][:300]
+            raise DistError(
+                f"rank {self.rank} on {node_name()} could not join the others at {os.environ['MASTER_ADDR']}:{port}; "
+                f"`python -m grpo_ds.doctor`, started in the same way, says why: {reason}"
+            ) from error
         self._meet()
 
     def _meet(self) -> None:

@@ -33,13 +33,14 @@ def command(recipe: Recipe, model_path: str, dtype: str, device: str) -> tuple[l
         from grpo_ds.engine import vllm, vllm_wire
 
         words = vllm_wire.server_args(_whole_gpu(config, device, "gpu_memory_utilization"), settings)
-        return [config.python or sys.executable, "-m", vllm.VllmEngine.module, *words], vllm.server_environment(device)
+        python = config.python or sys.executable
+        return [python, "-m", vllm.VllmEngine.kind.module, *words], vllm.server_environment(device)
     if config.kind == "sglang":
         from grpo_ds.engine import process, sglang, sglang_wire
 
         words = sglang_wire.server_args(_whole_gpu(config, device, "mem_fraction_static"), settings)
         python = config.python or sglang.own_python()
-        return [python, "-m", sglang.SglangEngine.module, *words], process.server_env({}, {})
+        return [python, "-m", sglang.SglangEngine.kind.module, *words], process.server_env(device)
     raise RecipeError(
         f"engine.kind {config.kind} has no server that could run on a node of its own: take vllm or sglang"
     )

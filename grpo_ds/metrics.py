@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.batching import UpdatePlan
-from grpo_ds.collect import Collection
+from grpo_ds.collect import DROPPED, Collection
 from grpo_ds.dist import Ranks
 from grpo_ds.losses import summarise_mismatch
 
@@ -50,16 +50,37 @@ def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
     return out
 
 
+def group_metrics(collection: Collection) -> dict[str, Any]:
+    """What became of the round's groups on all nodes; every rank knows it.
+
+    `dropped/<reason>`: as the filter gives it, or `stale`. `version_lag/*`: policy versions that the oldest token of a
+    trained group is behind the engines. `groups/in_flight`: prompts still being answered at the round's end;
+    `groups/aborted`: those whose answers were cut off; `groups/asked_again`: those asked once more, after an abort or a
+    resume (see sync.mode).
+    """
+    counts = collection.counts
+    drops = {f"{DROPPED}{reason}": 0 for reason in ("all_right", "all_wrong", "unscorable", "stale")}
+    drops |= {name: count for name, count in counts.items() if name.startswith(DROPPED)}
+    return {
+        "kept_groups": len(collection.order),
+        "dropped_groups": sum(drops.values()),
+        **drops,
+        "surplus_groups": counts.get("surplus", 0),
+        "generation_batches": counts.get("batches", 0),
+        **{f"groups/{name}": counts.get(name, 0) for name in ("in_flight", "aborted", "asked_again")},
+        "version_lag/mean": sum(collection.lags) / max(len(collection.lags), 1),
+        "version_lag/max": max(collection.lags, default=0),
+    }
+
+
 def round_metrics(
     collection: Collection, plan: list[UpdatePlan], stats: dict[str, Tensor], norms: list[float], ranks: Ranks
 ) -> dict[str, Any]:
     """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already.
 
     `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
-    `loss`, `grad_norm`: means over the round's optimizer steps. `version_lag/*`: policy versions that the oldest token of
-    a trained group is behind the engines; `mixed_version_share`: trained responses with tokens of several versions.
-    `groups/in_flight`: prompts still being answered at the round's end; `groups/aborted`: those whose answers were
-    cut off; `groups/asked_again`: those asked once more, after an abort or a resume (see sync.mode).
+    `loss`, `grad_norm`: means over the round's optimizer steps. `mixed_version_share`: trained responses with tokens of
+    several versions. The rest: `group_metrics`.
     """
     members = [m for group in collection.groups for m in group.members]
     generated = [m for group in collection.rollouts for m in group.members]
@@ -74,7 +95,6 @@ def round_metrics(
     sums += [mixed, len(members)]
     total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
     reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses = total
-    drops = {r: collection.counts.get(r, 0) for r in ("all_right", "all_wrong", "unscorable", "stale")}
     trained = sum(step.totals.tokens for step in plan)
     values = summarise(stats, trained)
     values["loss"] /= len(plan)
@@ -82,14 +102,7 @@ def round_metrics(
         "reward": reward / max(rewarded, 1),
         "score_all": score / max(scored, 1),
         "grad_norm": sum(norms) / len(norms),
-        "kept_groups": len(collection.order),
-        "dropped_groups": sum(drops.values()),
-        **{f"dropped/{reason}": count for reason, count in drops.items()},
-        "surplus_groups": collection.counts.get("surplus", 0),
-        "generation_batches": collection.counts.get("batches", 0),
-        **{f"groups/{name}": collection.counts.get(name, 0) for name in ("in_flight", "aborted", "asked_again")},
-        "version_lag/mean": sum(collection.lags) / max(len(collection.lags), 1),
-        "version_lag/max": max(collection.lags, default=0),
+        **group_metrics(collection),
         "mixed_version_share": mixed / max(trained_responses, 1),
         "response_tokens/mean": tokens / max(responses, 1),
         "response_tokens/truncated_share": truncated / max(responses, 1),

@@ -13,19 +13,17 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from grpo_ds.config import RecipeError
+from grpo_ds.plugin_code import first_line, import_target
 from grpo_ds.plugin_options import Option, check_options, read_options
 
 T = TypeVar("T")
@@ -125,7 +123,7 @@ class Registry:
             try:
                 built = found.target(**options)
             except (TypeError, ValueError) as error:
-                raise RecipeError(f"{found.label} refuses its options: {_first_line(error)}") from error
+                raise RecipeError(f"{found.label} refuses its options: {first_line(error)}") from error
             if not callable(built):
                 raise RecipeError(
                     f"{found.label} is no {self.kind}: instances of {found.module} cannot be called, give it __call__"
@@ -165,7 +163,7 @@ class Registry:
         return PluginRow(name, found.source, found.module, self.needs(found.target), options, doc)
 
     def _entry_points(self, name: str | None = None) -> list[importlib.metadata.EntryPoint]:
-        entries = importlib.metadata.entry_points(group=self.group)
+        entries = _installed(self.group, tuple(sys.path))
         distinct = {(entry.name, entry.value, _distribution(entry)): entry for entry in entries}
         return [entry for entry in distinct.values() if name in (None, entry.name)]
 
@@ -204,24 +202,7 @@ class Registry:
 
     def _import(self, name: str, source: str, module: str, attribute: str) -> _Found:
         label = f"{self.kind} {name!r} from {source}"
-        try:
-            loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        except RecipeError:
-            raise
-        except (Exception, SystemExit) as error:  # code of others: whatever it raises is reported as one sentence
-            raise RecipeError(
-                f"{label}: importing {module} failed with {type(error).__name__}: {_first_line(error)}{_place(error)}"
-            ) from error
-        target: Any = loaded
-        for part in attribute.split("."):
-            if not hasattr(target, part):
-                near = difflib.get_close_matches(part, dir(target), n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                raise RecipeError(f"{label}: {module} has no attribute {attribute!r}{hint}")
-            target = getattr(target, part)
-        if not callable(target):
-            raise RecipeError(f"{label}: {module}:{attribute} is a {type(target).__name__}, not a class or a function")
-        return _Found(label, source, f"{module}:{attribute}", target)
+        return _Found(label, source, f"{module}:{attribute}", import_target(label, module, attribute))
 
     def _options(self, found: _Found) -> tuple[Option, ...]:
         if not self._has_options and not inspect.isclass(found.target):
@@ -276,17 +257,6 @@ def located(name: str, bases: Sequence[Path]) -> str:
     raise RecipeError(f"plugin file {match[1]} does not exist (looked for {', '.join(map(str, places))})")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _place(error: BaseException) -> str:
-    """` (file:line)` of the plugin's code that raised; nothing where the import machinery itself did."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    own = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-
-
 def _where(target: Any) -> str:
     return f"{target.__module__}:{target.__qualname__}"
 
@@ -295,6 +265,12 @@ def _own_version() -> str:
     from grpo_ds import __version__
 
     return f"grpo_ds {__version__}"
+
+
+@functools.lru_cache(maxsize=16)
+def _installed(group: str, path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+    """A group's entry points on the import path. Looked up once: each look reads the files of all distributions."""
+    return importlib.metadata.entry_points(group=group)
 
 
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:
@@ -306,21 +282,3 @@ def _owner_of(module: str) -> str:
     return (
         ", ".join(f"{owner} {importlib.metadata.version(owner)}" for owner in sorted(set(owners))) or "the import path"
     )
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Import a file once; the module's name carries its full path, so two files of one name do not collide."""
-    full = path.resolve()
-    name = f"grpo_ds_plugin_{full.stem}_{sha256(str(full).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, full)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up while it is executed
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

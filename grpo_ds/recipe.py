@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import typing
@@ -25,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 
 
+@functools.cache
 def build_parser() -> ArgumentParser:
-    """The command line of launch/train.py."""
+    """The command line of launch/train.py. Made once: it takes half a second, for the docstrings of all settings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train.py",

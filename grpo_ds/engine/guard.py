@@ -3,7 +3,8 @@
 The owner holds the write end of the guard's stdin and never writes. The server's whole process group is ended when
 that pipe closes, when the owner is gone, when the guard gets SIGTERM or SIGINT, and when the server's first process
 dies. If the guard itself is killed, the kernel kills the server (see `die_with_parent`).
-Then the folder for the server's temporary files is removed: what is killed leaves sockets and files behind.
+Then the folder for the server's temporary files is removed: what is killed leaves sockets and files behind. Python's
+resource trackers among the processes are not killed: they remove the semaphores of the others, and end by themselves.
 The guard exits with the server's exit code, or 128 + signal number. Standard library only, Linux only.
 """
 
@@ -44,12 +45,31 @@ def _children() -> list[int]:
     return [int(pid) for pid in pids]
 
 
-def _signal_all(group: int, signum: int) -> None:
+def _terminate(group: int) -> None:
     for kill, pid in [(os.killpg, group), *((os.kill, child) for child in _children())]:
         try:
-            kill(pid, signum)
+            kill(pid, signal.SIGTERM)
         except ProcessLookupError:
             continue  # it ended by itself in the meantime
+
+
+def _kill_children(spare_trackers: bool) -> None:
+    """SIGKILL; whose parent dies becomes the guard's own child, and is met by the next call."""
+    for pid in _children():
+        if spare_trackers and _tracks_resources(pid):
+            continue
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it ended by itself in the meantime
+
+
+def _tracks_resources(pid: int) -> bool:
+    """Whether it is one of Python's: it removes the semaphores of its processes once they are gone, and then ends."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _reap() -> bool:
@@ -64,15 +84,15 @@ def _reap() -> bool:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """End everything the server started: SIGTERM, GRACE_S seconds, SIGKILL until nothing is left."""
-    _signal_all(server.pid, signal.SIGTERM)
+    """End everything the server started: SIGTERM, GRACE_S seconds, SIGKILL until nothing is left, trackers last."""
+    _terminate(server.pid)
     deadline = time.monotonic() + GRACE_S
     while True:
         server.poll()
         if _reap():
             return
-        if time.monotonic() > deadline:
-            _signal_all(server.pid, signal.SIGKILL)
+        if (late := time.monotonic() - deadline) > 0:
+            _kill_children(spare_trackers=late < GRACE_S)
         time.sleep(0.05)
 
 

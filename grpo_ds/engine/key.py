@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import os
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,18 +38,40 @@ def shared_key() -> str | None:
     return key
 
 
+def checked_urls(urls: Sequence[str], key: str | None) -> list[str]:
+    """The urls without a slash at their end.
+
+    Raises RecipeError for one that is listed twice (it would get each weight twice), and as `checked_url` does.
+    """
+    checked = [checked_url(url, key) for url in urls]
+    for url in checked:
+        if checked.count(url) > 1:
+            raise RecipeError(f"engine.urls contains {url} {checked.count(url)} times: give each server once")
+    return checked
+
+
 def checked_url(url: str, key: str | None) -> str:
     """The url without a slash at its end; RecipeError for another host than loopback while there is no key."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise RecipeError(f"engine.urls contains {url!r}: give http://HOST:PORT")
-    if parts.hostname not in LOOPBACK and key is None:
+    if not _is_plain(url.rstrip("/")):
+        shown = "an address with @" if "@" in url else repr(url)  # what precedes an @ is a password
+        raise RecipeError(f"engine.urls contains {shown}: give http://HOST:PORT")
+    if not on_loopback(url) and key is None:
         raise RecipeError(
             f"engine.urls contains {url!r}, which is not on loopback, and there is no environment variable "
             f"{KEY_VARIABLE}: start that server and this run with the same key in it, so that nobody else can change "
             "the weights"
         )
     return url.rstrip("/")
+
+
+def _is_plain(url: str) -> bool:
+    """Whether it is http://HOST:PORT and no more."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and bool(parts.port) and "@" not in parts.netloc
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        return False
+    return named and (parts.scheme, parts.path, parts.query, parts.fragment) == ("http", "", "", "")
 
 
 def on_loopback(url: str) -> bool:

@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import grpo_ds
 from grpo_ds.config import RecipeError
@@ -17,6 +18,9 @@ from grpo_ds.engine.base import EngineError
 
 _PORT_TRIES = 3
 _LOG_TAIL_BYTES = 12000
+_SCRATCH_PREFIX = "grpo-ds-"
+_LONGEST_TMPDIR = 107 - len(f"/{_SCRATCH_PREFIX}12345678") - len("/01234567-0123-0123-0123-0123456789ab")
+"""Bytes: the path of a Unix socket has at most 107 (man 7 unix), and vLLM's sockets in our folder are named so."""
 
 
 class ServerProcess:
@@ -33,8 +37,9 @@ class ServerProcess:
     ) -> None:
         """command: the command line for a port. port: null takes a free one. noise: whether a line of the log says nothing.
 
-        Raises RecipeError for a port that is taken.
+        Raises RecipeError for a port that is taken and for a TMPDIR that has no room for the server's sockets.
         """
+        _require_short(tempfile.gettempdir())
         self.label = label
         self.url = ""
         self._command = command
@@ -68,7 +73,7 @@ class ServerProcess:
         self._log.touch(mode=0o600)
         self._log_start = self._log.stat().st_size
         # Sockets and files that a killed server leaves are removed with this folder.
-        self._scratch = Path(tempfile.mkdtemp(prefix="grpo-ds-"))
+        self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
         guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(self._log), "--scratch", str(self._scratch)]
         # Its own session: Ctrl-C goes to the trainer alone, which then ends the engine.
         self._guard = subprocess.Popen(
@@ -127,21 +132,22 @@ class ServerProcess:
         return "\n".join(line for line in lines if not self._noise(line))
 
 
-def server_env(forced: dict[str, str], defaults: dict[str, str]) -> dict[str, str]:
+def server_env(device: str, defaults: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """The trainer's environment without what torchrun put there, which would make engines join the trainer's group.
 
-    `forced` wins over it, and it wins over `defaults`.
+    device: "cpu" or "cuda". The environment wins over `defaults`.
     """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
     env = {k: v for k, v in os.environ.items() if k not in torchrun and not k.startswith(("MASTER_", "TORCHELASTIC_"))}
     root = str(Path(grpo_ds.__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     # More threads spin at each other's cost when cores are shared with the trainer.
-    threads = {"OMP_NUM_THREADS": "1"}
-    # malloc keeps what is freed: on CPU each weight update takes and frees the model's bytes, and a third of its time
-    # went into taking pages from the kernel anew. 16 GiB stand for "never give back".
-    memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-    return threads | memory | {"DO_NOT_TRACK": "1"} | defaults | env | forced
+    ours = {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
+    if device == "cpu":
+        # malloc keeps what is freed: each weight update takes and frees the model's bytes, and a third of its time went
+        # into taking pages from the kernel anew. 16 GiB stand for "never give back".
+        ours |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    return ours | dict(defaults) | env
 
 
 def free_port() -> int:
@@ -161,3 +167,11 @@ def _require_free(port: int) -> None:
             raise RecipeError(
                 f"engine.args.port is {port}, which cannot be used ({error.strerror}): give another port, or none"
             ) from error
+
+
+def _require_short(folder: str) -> None:
+    if (length := len(os.fsencode(folder))) > _LONGEST_TMPDIR:
+        raise RecipeError(
+            f"environment variable TMPDIR: {folder} has {length} characters, and the engine's sockets there could have no "
+            f"name, because the kernel takes only {_LONGEST_TMPDIR} here: set TMPDIR to a shorter folder, such as /tmp"
+        )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
-from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.config import EngineConfig
 from grpo_ds.engine.base import (
     KEY_VARIABLE,
     Carrier,
@@ -28,14 +28,12 @@ from grpo_ds.engine.base import (
     parse_version,
 )
 from grpo_ds.engine.flights import Flights
-from grpo_ds.engine.http import Answer, Http, Post, Unreachable
-from grpo_ds.engine.key import checked_url, on_loopback, shared_key
+from grpo_ds.engine.http import Http, Post, Unreachable
+from grpo_ds.engine.key import checked_urls, shared_key
 from grpo_ds.engine.process import ServerProcess
+from grpo_ds.engine.servers import RUBBISH, JoinedServers, OwnServer, ServerKind, Servers, shown
 
 _MAX_CONNECTIONS = 256
-_HEALTH_TIMEOUT_S = 5.0
-_CONTROL_TIMEOUT_S = 600.0
-"""Deadline of one step of a weight update; the trainer's own deadline for the whole update is usually shorter."""
 _ABORT_TIMEOUT_S = 60.0
 _ABORT_AGAIN_S = 0.2
 """Seconds after which an abort is repeated: a request may reach the server just after the one before."""
@@ -49,14 +47,9 @@ class ServerEngine(ABC):
     environment (`grpo_ds.engine.key`).
     """
 
-    label: ClassVar[str]
-    """The engine's name in messages and, in lower case, in the name of its log file."""
-    module: ClassVar[str]
-    """What `python -m` runs."""
+    kind: ClassVar[ServerKind]
     generate_path: ClassVar[str]
     """Route that takes each of `_generate_bodies`."""
-    control_paths: ClassVar[tuple[str, ...]]
-    """Routes that change the weights when they are posted to; an empty body is refused by all of them."""
 
     def __init__(
         self, config: EngineConfig, settings: EngineSettings, python: str, args: list[str], env: dict[str, str]
@@ -67,27 +60,31 @@ class ServerEngine(ABC):
         """
         self._config = config
         key = shared_key() if config.urls else secrets.token_hex(16)
-        self._joined = [checked_url(url, key) for url in config.urls]
-        # Told to our own server, so that no other one that happens to answer on the port is taken for it.
-        self._name = f"policy-{secrets.token_hex(8)}"
-        self._process: ServerProcess | None = None
-        if not config.urls:
-            env = env | {KEY_VARIABLE: str(key)}
+        self._http = Http(key)
+        self._servers: Servers
+        if config.urls:
+            self._servers = JoinedServers(self.kind, self._http, checked_urls(config.urls, key))
+        else:
+            # Told to our own server, so that no other one that happens to answer on the port is taken for it.
+            name = f"policy-{secrets.token_hex(8)}"
+            command = [python, "-m", self.kind.module, *args, "--served-model-name", name, "--host", "127.0.0.1"]
+            # gloo's: the server's processes are all on this machine, whatever leads from the trainer to other nodes.
+            env = env | {KEY_VARIABLE: str(key), "GLOO_SOCKET_IFNAME": "lo"}
             if settings.visible_devices is not None:
                 env["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
-            command = [python, "-m", self.module, *args, "--served-model-name", self._name, "--host", "127.0.0.1"]
-            self._process = ServerProcess(
-                self.label,
+            process = ServerProcess(
+                self.kind.label,
                 lambda port: [*command, "--port", str(port)],
                 env,
-                settings.log_dir / f"{self.label.lower()}_server.log",
+                settings.log_dir / f"{self.kind.label.lower()}_server.log",
                 int(config.args["port"]) if "port" in config.args else None,
                 self._noise,
             )
-        self._http = Http(key)
+            self._servers = OwnServer(self.kind, self._http, process, name)
         self._flights = Flights()
+        self._carrier: Carrier | None = None
         self._channels: dict[str, Channel] = {}
-        self._guarded: set[str] = set()
+        """By server; all of `_carrier`, whose memory and deadline they have."""
         self._asleep = False
 
     # ---- what differs ----
@@ -143,84 +140,25 @@ class ServerEngine(ABC):
     # ---- the servers ----
 
     @property
-    def _urls(self) -> list[str]:
-        return [self._process.url] if self._process else self._joined
+    def _urls(self) -> Sequence[str]:
+        return self._servers.urls
 
     def start(self) -> None:
-        if self._process:
-            self._process.start()
-            return
-        for url in self._joined:
-            try:
-                self._require_guarded(url)
-            except Unreachable:
-                continue  # not up yet: asked again before it is used
+        self._servers.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        timeout_s = self._config.start_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
-        while True:
-            if self._process:
-                self._process.check()
-            if all(self._healthy(url) for url in self._urls):
-                break
-            if time.monotonic() > deadline:
-                raise self._error(
-                    f"{', '.join(self._urls)} did not answer its health check within {timeout_s:g} s "
-                    "(engine.start_timeout_s)"
-                )
-            time.sleep(0.1)
-        if self._process:
-            if obeyed := self._obeys_strangers(self._process.url):
-                raise self._error(f"the {self.label} server that was started here obeys strangers: {obeyed}")
+        self._servers.wait_ready(self._config.start_timeout_s if timeout_s is None else timeout_s)
+        if not self._config.urls:
             self._on_ready()
+
+    def alive(self) -> bool:
+        return self._servers.alive()
 
     def close(self) -> None:
         self._http.close()
         for channel in self._channels.values():
             channel.close()
-        if self._process:
-            self._process.close()
-
-    def alive(self) -> bool:
-        if self._process:
-            return self._process.alive()
-        return all(self._healthy(url) for url in self._urls)
-
-    def _healthy(self, url: str) -> bool:
-        try:
-            if not self._process:
-                self._require_guarded(url)
-            health = self._http.request("GET", f"{url}/health", None, _HEALTH_TIMEOUT_S)
-            if self._process:
-                served = self._http.request("GET", f"{url}/v1/models", None, _HEALTH_TIMEOUT_S)
-                return {health.status_code, served.status_code} == {200} and _serves(served, self._name)
-        except Unreachable:
-            return False
-        if health.status_code in (401, 403):
-            raise RecipeError(
-                f"engine.urls: {url} refuses the key in {KEY_VARIABLE}: start it and this run with the same one"
-            )
-        return health.status_code == 200
-
-    def _require_guarded(self, url: str) -> None:
-        """RecipeError when a joined server that other machines may reach obeys them."""
-        if url in self._guarded or on_loopback(url):
-            return
-        if obeyed := self._obeys_strangers(url):
-            raise RecipeError(
-                f"engine.urls: {url} obeys strangers ({obeyed}): start it with `python -m {self.module}` and the "
-                f"environment variable {KEY_VARIABLE}"
-            )
-        self._guarded.add(url)
-
-    def _obeys_strangers(self, url: str) -> str | None:
-        """What the server answered without the key, other than a refusal."""
-        for path in self.control_paths:
-            status = self._http.stranger(url + path, _HEALTH_TIMEOUT_S)
-            if status not in (401, 403):
-                return f"POST {path} without a key was answered with HTTP {status}"
-        return None
+        self._servers.close()
 
     # ---- generation ----
 
@@ -230,7 +168,7 @@ class ServerEngine(ABC):
         if not requests:
             return []
         if self._asleep:
-            raise EngineError(f"the {self.label} engine sleeps since its last generation: publish weights first")
+            raise EngineError(f"the {self.kind.label} engine sleeps since its last generation: publish weights first")
         flight = self._flights.take_off()
         try:
             return asyncio.run(self._generate(requests, spec, flight, on_answer))
@@ -262,10 +200,9 @@ class ServerEngine(ABC):
 
     async def _watch(self) -> None:
         """Fails as soon as the own server is gone, whatever its sockets do."""
-        while self._process:
-            if not self._process.alive():
-                raise self._error(f"the {self.label} server died while it generated")
+        while not self._servers.died():
             await asyncio.sleep(0.5)
+        raise self._error(f"the {self.kind.label} server died while it generated")
 
     async def _ask(self, post: Post, flight: int, url: str, request: Request, spec: SamplingSpec) -> list[RawRollout]:
         what = f"request {request.request_id} ({len(request.prompt_token_ids)} prompt tokens) to {url}"
@@ -285,7 +222,10 @@ class ServerEngine(ABC):
             raise self._error(f"{what} failed: {error}") from error
         if answer.status_code != 200:
             raise self._error(f"{what} was refused with HTTP {answer.status_code}: {answer.text[:2000]}")
-        return self._parse(answer.json(), request, spec)
+        try:
+            return self._parse(answer.json(), request, spec)
+        except RUBBISH as error:
+            raise self._error(f"{what} was answered with rubbish, {shown(answer, error)}") from error
 
     def abort(self) -> None:
         self._flights.abort()
@@ -302,7 +242,7 @@ class ServerEngine(ABC):
 
     def sleep(self) -> None:
         if self._flights.any():
-            raise EngineError(f"the {self.label} engine cannot sleep while requests are in flight")
+            raise EngineError(f"the {self.kind.label} engine cannot sleep while requests are in flight")
         self._sleep()
         self._asleep = True
 
@@ -317,7 +257,16 @@ class ServerEngine(ABC):
             self._asleep = False
         self._resume()
 
+    def _take_carrier(self, carrier: Carrier | None) -> None:
+        """Leaves the channels of another carrier: they lead to its memory, and workers are in one group at a time."""
+        if carrier is not self._carrier:
+            for channel in self._channels.values():
+                channel.close()
+            self._carrier, self._channels = carrier, {}
+
     def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
+        self._take_carrier(carrier)
+
         def bring(url: str) -> None:
             if carrier is None:
                 self._load(url, bucket)
@@ -337,28 +286,5 @@ class ServerEngine(ABC):
             raise self._error(f"the servers hold different policy versions: {found}")
         return parse_version(versions.pop())
 
-    def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Answer]:
-        """POST to every server; returns their answers by url."""
-        return {url: self._call("POST", url, path, body) for url in self._urls}
-
-    def _call(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Answer:
-        answer = self._send(method, url, path, body)
-        if answer.status_code != 200:
-            raise self._error(f"{method} {url}{path} was refused with HTTP {answer.status_code}: {answer.text[:2000]}")
-        return answer
-
-    def _send(self, method: str, url: str, path: str, body: dict[str, Any] | None) -> Answer:
-        try:
-            return self._http.request(method, url + path, body, _CONTROL_TIMEOUT_S)
-        except Unreachable as error:
-            raise self._error(f"{method} {url}{path} failed: {error}") from error
-
     def _error(self, message: str) -> EngineError:
-        return self._process.error(message) if self._process else EngineError(message)
-
-
-def _serves(models: Answer, name: str) -> bool:
-    try:
-        return bool(models.json()["data"][0]["id"] == name)
-    except (ValueError, LookupError, TypeError):
-        return False  # no such server, but somebody else on the port
+        return self._servers.error(message)

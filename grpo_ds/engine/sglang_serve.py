@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -103,8 +105,20 @@ def command(words: list[str]) -> list[str]:
     return [*listen_words(words), *command_line(NEEDED, {}, flag)]
 
 
+def _meet_by_file(words: list[str]) -> None:
+    """Has the ranks of a server on one node meet over a file: torch's TCP store listens on every interface."""
+    options = dict(zip(words, [*words[1:], ""], strict=True))
+    if not {"--dist-init-addr", "--nccl-init-addr"} & {word.split("=")[0] for word in words}:
+        meeting = f"file://{tempfile.gettempdir()}/sglang-ranks-{secrets.token_hex(8)}"
+        os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", meeting)
+        # On CPUs with AMX these name the shared memory of the ranks, which a second server must not share.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", options.get("--port", "30000"))
+
+
 def main() -> None:
     words = command(sys.argv[1:])
+    _meet_by_file(words)
     # A context longer than the model's, by the few positions that SGLang keeps to itself (`sglang_wire`).
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
 

@@ -10,16 +10,15 @@ from grpo_ds.config import EngineConfig
 from grpo_ds.engine.base import EngineSettings, RawRollout, Request, SamplingSpec
 from grpo_ds.engine.process import server_env
 from grpo_ds.engine.server import ServerEngine
+from grpo_ds.engine.servers import ServerKind
 from grpo_ds.engine.vllm_wire import generate_body, parse_response, server_args
 
 
 class VllmEngine(ServerEngine):
     """Starts (or, with engine.urls, joins) vLLM servers; implements `GenerationEngine`."""
 
-    label = "vLLM"
-    module = "grpo_ds.engine.serve"
+    kind = ServerKind("vLLM", "grpo_ds.engine.serve", ("/update_weights", "/collective_rpc"))
     generate_path = "/inference/v1/generate"
-    control_paths = ("/update_weights", "/collective_rpc")
 
     def __init__(self, config: EngineConfig, settings: EngineSettings) -> None:
         """Raises RecipeError for settings the server cannot take, and as `ServerEngine` does."""
@@ -33,15 +32,15 @@ class VllmEngine(ServerEngine):
         return parse_response(answer, request, spec)
 
     def _abort(self, url: str) -> None:
-        self._call("POST", url, "/abort_requests", {})
+        self._servers.call("POST", url, "/abort_requests", {})
 
     def _version_text(self, url: str) -> str:
         # Answered by the process that runs the scheduler and the model.
-        return str(self._call("GET", url, "/weight_info").json()["weight_version"])
+        return str(self._servers.ask_for(url, "/weight_info", "weight_version"))
 
     def _on_ready(self) -> None:
         # vLLM calls the weights it loaded itself "default"; they are the run's policy version 0.
-        self._post("/update_weight_version", {"new_version": "0"})
+        self._servers.post("/update_weight_version", {"new_version": "0"})
 
     def _noise(self, line: str) -> bool:
         return "] Route: " in line
@@ -49,41 +48,42 @@ class VllmEngine(ServerEngine):
     # ---- weight updates ----
 
     def _pause(self) -> None:
-        self._post("/pause?mode=keep")
+        self._servers.post("/pause?mode=keep")
 
     def begin_update(self, names: Sequence[str]) -> None:
-        self._post("/init_weight_transfer_engine", {"init_info": {"names": list(names)}})
-        self._post("/start_weight_update")
+        self._servers.post("/collective_rpc", {"method": "abandon_weight_update"})
+        self._servers.post("/init_weight_transfer_engine", {"init_info": {"names": list(names)}})
+        self._servers.post("/start_weight_update")
 
     def _workers(self, url: str) -> int:
-        return int(self._call("GET", url, "/get_world_size").json()["world_size"])
+        return int(self._servers.ask_for(url, "/get_world_size", "world_size"))
 
     def _load(self, url: str, bucket: dict[str, Any]) -> None:
-        self._call("POST", url, "/update_weights", {"update_info": bucket})
+        self._servers.call("POST", url, "/update_weights", {"update_info": bucket})
 
     def finish_update(self, version: int) -> None:
-        self._post("/finish_weight_update", {"weight_version": str(version)})
+        self._servers.post("/finish_weight_update", {"weight_version": str(version)})
 
     def flush_cache(self) -> None:
-        for url, answer in self._post("/reset_prefix_cache?reset_running_requests=true").items():
+        for url, answer in self._servers.post("/reset_prefix_cache?reset_running_requests=true").items():
             if answer.json().get("success") is not True:
                 raise self._error(f"{url} could not forget its key/value cache: {answer.text[:2000]}")
 
     def _resume(self) -> None:
-        self._post("/resume")
+        self._servers.post("/resume")
 
     # ---- memory ----
 
     def _sleep(self) -> None:
         # Level 2 drops the weights: what generates next are the ones of the publication that must come before.
-        self._post("/sleep?level=2&mode=wait")
+        self._servers.post("/sleep?level=2&mode=wait")
 
     def _wake(self, tag: str) -> None:
-        self._post(f"/wake_up?tags={tag}")
+        self._servers.post(f"/wake_up?tags={tag}")
 
 
 def server_environment(device: str) -> dict[str, str]:
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if device == "cpu":
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # lets the engine process run the model itself
-    return server_env({}, defaults)
+    return server_env(device, defaults)

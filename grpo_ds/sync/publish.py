@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import torch
 from torch import nn
 
 from grpo_ds.config import SyncConfig
@@ -143,8 +144,9 @@ class WeightPublisher:
                 reason = f"the engine of node {self.ranks.node} was not done {limit} after it had paused"
             elif error := asked.exception():  # carried to all ranks below, none may be left waiting
                 reason = f"{type(error).__name__}: {error}"
-        reasons = [r for r in self.ranks.all_gather(reason, f"weight sync {what}") if r]
-        if reasons:
+        failed = torch.tensor([float(reason is not None)])
+        if self.ranks.max(failed, f"weight sync {what}").item():
+            reasons = [r for r in self.ranks.all_gather(reason, f"weight sync {what} failed") if r]
             raise SyncError(f"publishing policy version {version} failed in step `{what}`: {reasons[0]}")
 
     def publish(self, version: int) -> dict[str, float]:

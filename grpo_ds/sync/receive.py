@@ -102,6 +102,8 @@ class BucketReader:
             identity = (stat.st_dev, stat.st_ino, nbytes)
             known = self._maps.get(path)
             if known is None or known[0] != identity:
+                # The memory of trainers that have ended lives only as long as somebody maps it.
+                self._maps = {other: kept for other, kept in self._maps.items() if os.path.exists(other)}
                 mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
                 with warnings.catch_warnings():
                     # Read-only is intended: a receiver must not be able to change the trainer's buffer.

@@ -7,10 +7,14 @@ its transfer engine. Only vLLM's processes may import it; neither DeepSpeed nor 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from vllm.distributed.parallel_state import GroupCoordinator, get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -26,6 +30,8 @@ from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from grpo_ds.sync.receive import BucketReader, NameLedger
 
 BACKEND = "grpo_ds"
+_ERROR_BYTES = 1000
+"""Of a worker's message, as the others hear of it."""
 
 
 @dataclass
@@ -64,7 +70,38 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._ledger = NameLedger(init_info.names)
 
+    @contextmanager
+    def _as_one(self) -> Iterator[None]:
+        """What fails on any worker is raised by the last one of each executor, and by no other.
+
+        vLLM reads the workers' answers in their order, and at the first error it leaves the rest unread: from then on it
+        would take each of those for the answer to the next call, and a bucket for loaded that still is being read.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:  # told to the others, and raised below
+            error = raised
+        workers = get_world_group()
+        if workers.world_size == 1:
+            if error is not None:
+                raise error
+        elif (reason := _errors_of_all(error, workers)) and (workers.rank + 1) % self.parallel_config.world_size == 0:
+            raise RuntimeError(reason) from error
+
     def start_weight_update(self) -> None:
+        with self._as_one():
+            self._start()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        with self._as_one():
+            self._receive(update_info)
+
+    def finish_weight_update(self) -> None:
+        with self._as_one():
+            self._finish()
+
+    def _start(self) -> None:
         if self._layers_open:
             # The last update failed half-way. Its remains are closed, so that what the layers still hold of it cannot
             # be counted as part of the new update, which replaces every tensor.
@@ -73,7 +110,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._layers_open = True
         self._layers = [get_layerwise_info(module) for module in self.model.modules()]
 
-    def receive_weights(self, update_info: UpdateInfo) -> None:
+    def _receive(self, update_info: UpdateInfo) -> None:
         assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
         self._ledger.check(entry["name"] for entry in update_info.tensors)
         mapped: set[int] = set()
@@ -100,7 +137,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in mapped:
                         call.arguments[key] = value.clone()
 
-    def finish_weight_update(self) -> None:
+    def _finish(self) -> None:
         assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
         # Before anything is closed: after this error the missing tensors can still be sent.
         self._ledger.require_complete()
@@ -115,12 +152,26 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._reader.close()
 
 
+def _errors_of_all(error: Exception | None, workers: GroupCoordinator) -> str:
+    """What went wrong on any of the workers, each reason once; the same on every worker, empty if nothing did."""
+    text = b"" if error is None else f"{type(error).__name__}: {error}".encode()[:_ERROR_BYTES]
+    mine = torch.frombuffer(bytearray(text.ljust(_ERROR_BYTES, b"\0")), dtype=torch.uint8)
+    rows = [torch.empty_like(mine) for _ in range(workers.world_size)]
+    dist.all_gather(rows, mine, group=workers.cpu_group)
+    found = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+    return "; ".join(dict.fromkeys(filter(None, found)))
+
+
 def _is_head(module: nn.Module) -> TypeGuard[ParallelLMHead]:
     return isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod)
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker class; importing its module is what registers the backend."""
+
+    def abandon_weight_update(self) -> None:
+        """Before an update: one that failed half-way stays open on the workers on which it did not, and bars the next."""
+        self._weight_update_active = False
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketEngine)

@@ -1,13 +1,14 @@
 """Random faults in a real run: python tests/benchmarks/faults.py [--rounds 30] [--faults 20] [--seed 0]
 
 One rank, two vLLM servers. At random moments a server is killed (SIGKILL) or stopped (SIGSTOP): its API process or the
-process that runs the model. Prints each fault with its time, then checks that the run finished, that every response of
-every group is there once, and that every token has the policy version of its round.
+process that runs the model. Prints each fault with its time, then checks that the run finished, that every prompt that
+was drawn is answered once and trained, dropped or left over once, and that every token has its round's policy version.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -21,10 +22,14 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.e2e.harness import Launched, read_jsonl, write_project  # noqa: E402
+from tests.e2e.harness import Launched, read_jsonl, wait_for, write_project  # noqa: E402
 from tests.engine.test_replicas import OPTIONS, guard_command  # noqa: E402
 
 N = int(str(OPTIONS["rollout.n"]))
+START_S = 240
+"""engine.start_timeout_s: a server that is stopped while it starts is given up only then."""
+QUIET_S = 3 * START_S
+"""Seconds without a round and without a fault after which the run counts as stuck."""
 
 
 def families(run: Launched) -> list[list[psutil.Process]]:
@@ -50,12 +55,17 @@ def break_one(run: Launched, rng: random.Random) -> str:
 def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
     """Breaks servers until `faults` faults were made or the run ended; returns how many were."""
     begin, done = time.monotonic(), 0
+    progress, moved = (0, 0), begin
     while run.process.poll() is None and done < faults:
+        if progress != (done, run.rounds()):
+            progress, moved = (done, run.rounds()), time.monotonic()
+        assert time.monotonic() - moved < QUIET_S, f"round {run.rounds()} takes over {QUIET_S} s:\n{run.screen[-3000:]}"
         # Spread over the run: fault k waits for its share of the rounds, then for a random moment.
-        if run.rounds() < done * (rounds - 2) / faults or run.rounds() < 1:
+        # The last rounds are spare, because a round may take less than the moment.
+        if run.rounds() < done * (rounds - 8) / faults or run.rounds() < 1:
             time.sleep(0.2)
             continue
-        time.sleep(rng.uniform(0, 5))
+        time.sleep(rng.uniform(0, 1.5))
         try:
             said = break_one(run, rng)
         except psutil.NoSuchProcess:
@@ -75,17 +85,23 @@ def judge(folder: Path, rounds: int) -> list[str]:
     for path in sorted((folder / "rollouts").glob("*.jsonl")):
         rows += read_jsonl(path)
     seen = Counter((row["prompt_index"], row["sample"]) for row in rows)
-    prompts = {prompt for prompt, _ in seen}
+    end = folder / "checkpoints" / f"round-{rounds:06d}"
+    state = json.loads((end / "trainer.json").read_text())
+    fates = len(read_jsonl(end / "carried-0.jsonl"))
+    fates += sum(row["kept_groups"] + row["dropped_groups"] for row in metrics)
     wrong = []
     if [row["round"] for row in metrics] != list(range(rounds)):
         wrong.append(f"rounds: {[row['round'] for row in metrics]}")
-    if set(seen) != {(prompt, k) for prompt in prompts for k in range(N)} or set(seen.values()) != {1}:
-        wrong.append("a response is missing or there twice")
+    if set(seen) != {(prompt, k) for prompt in range(state["cursor"]) for k in range(N)} or set(seen.values()) != {1}:
+        wrong.append(f"of {state['cursor']} prompts drawn, a response is missing or there twice")
+    if fates != state["cursor"]:
+        wrong.append(f"{state['cursor']} prompts drawn, {fates} groups trained, dropped or left over")
     if bad := [row for row in rows if row["versions"] != [[row["round"], 0, row["tokens"]]]]:
         wrong.append(f"{len(bad)} responses were not made by their round's policy: {bad[0]['versions']}")
     for name in ("engine/quarantined", "engine/restarts", "engine/redone_requests"):
         print(f"{name}: {sum(row[name] for row in metrics)}")
-    print(f"responses: {len(rows)}; largest logprob_gap: {max(row['logprob_gap'] for row in metrics):.2g}")
+    print(f"prompts: {state['cursor']}; responses: {len(rows)}")
+    print(f"largest logprob_gap: {max(row['logprob_gap'] for row in metrics):.2g}")
     return wrong
 
 
@@ -96,13 +112,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     options = OPTIONS | {"train.rounds": args.rounds, "engine.max_restarts": 3 * args.faults}
-    options["engine.start_timeout_s"] = 120  # a server that is stopped while it starts is given up only then
+    options["engine.start_timeout_s"] = START_S
     with tempfile.TemporaryDirectory() as folder:
         words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
         begin = time.monotonic()
         with Launched(["--recipe", str(write_project(Path(folder))), *words], Path(folder)) as run:
             made = inject(run, random.Random(args.seed), args.faults, args.rounds)
-            run.wait_for_exit()
+            wait_for(lambda: f"the run's end:\n{run.screen[-3000:]}", lambda: run.process.poll() is not None, QUIET_S)
             code = run.ends(60)
             print("\n".join(line for line in run.screen.splitlines() if "engine replica" in line))
             print(f"{made} faults, exit code {code}, {time.monotonic() - begin:.0f} s")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -31,19 +32,46 @@ from tests.dist.cases import GROUPS, KL_COEF, MAX_RESPONSE_TOKENS, PROMPT_TOKENS
 from tests.dist.parts import Raw, actor_of, gradient_of, make_objective
 
 
+class Remembered:
+    """A frozen model that computes each answer once: cases that cut a round alike ask it for the same, in one order.
+
+    A third of a launch's passes are theirs otherwise. All ranks run the same cases, so all of them know an answer or none.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self._known: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        self._calls: Iterator[int] = count()
+        self._answers: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, case: GradientCase) -> None:
+        """Before each case."""
+        self._answers = self._known.setdefault((case.budget, case.layout, case.shuffle, case.old), [])
+        self._calls = count()
+
+    def logprobs(self, micro: MicroBatch, autocast: torch.dtype | None = None) -> Tensor:
+        """(M,), as `Scorer.logprobs`."""
+        call = next(self._calls)
+        if call == len(self._answers):
+            self._answers.append((micro.input_ids, self.scorer.logprobs(micro, autocast)))
+        asked, answer = self._answers[call]
+        assert torch.equal(asked, micro.input_ids), "cases of the same cut ask for other micro-batches"
+        return answer
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Models beside the one being trained."""
 
-    start: Scorer
+    start: Remembered
     """The policy as it was when the round began."""
-    reference: Scorer
+    reference: Remembered
 
 
 class Recorder(Policy):
     """Keeps the gradient of each step. With `start` it has moved since the round began, as after many steps."""
 
-    def __init__(self, policy: Policy, start: Scorer | None) -> None:
+    def __init__(self, policy: Policy, start: Remembered | None) -> None:
         super().__init__(policy.engine, policy.device, policy.actor, policy.world)
         self.start = start
         self.gradients: list[dict[str, Tensor]] = []
@@ -61,6 +89,8 @@ def round_gradients(
 ) -> tuple[list[dict[str, Tensor]], list[float], list[UpdatePlan]]:
     """Gradients, norms and plans of the optimizer steps of a round."""
     recipe = _recipe(case)
+    frozen.start.begin(case)
+    frozen.reference.begin(case)
     actor = Recorder(policy, frozen.start if case.old else None)
     parts = _parts(case, actor, frozen.reference, ranks)
     groups = _groups(case, ranks, raw)
@@ -88,7 +118,7 @@ def _recipe(case: GradientCase) -> Recipe:
     )
 
 
-def _parts(case: GradientCase, actor: Policy, reference: Scorer, ranks: Ranks) -> loop.Parts:
+def _parts(case: GradientCase, actor: Policy, reference: Remembered, ranks: Ranks) -> loop.Parts:
     name, _ = case.spread
     estimator = get_estimator(name, **({"gamma": cases.GAMMA} if name == "reinforce_plus_plus" else {}))
     whole_batch = getattr(estimator, "whole_batch", False)

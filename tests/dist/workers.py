@@ -34,7 +34,7 @@ from tests.dist.parts import (
     weights_of,
 )
 from tests.dist.publication import export, sync
-from tests.dist.road import Frozen, round_gradients
+from tests.dist.road import Frozen, Remembered, round_gradients
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, Any]:
     [step][rank][micro-batch]}}."""
     raw, rollouts = cases.read_samples(folder), cases.read_rollouts(folder)
     policies: dict[tuple[str, str], Policy] = {}
-    frozen = Frozen(*(make_scorer(folder, ranks, name, "partitioned") for name in ("start", "reference")))
+    frozen = Frozen(*(Remembered(make_scorer(folder, ranks, name, "partitioned")) for name in ("start", "reference")))
     results = {}
     for case in cases.gradient_cases(ranks.world):
         key = (case.model, case.config)

@@ -3,53 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.engine.bench import Bench, start_bench
 
 
-@pytest.fixture(scope="session")
-def _vllm_starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Bench]]:
-    """Both servers start at the same time; each test waits for the one it needs."""
-    benches = {tied: start_bench("vllm", tied, tmp_path_factory.mktemp(f"vllm_tied_{tied}")) for tied in (True, False)}
+def _both(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Bench]]:
+    """With a tied and with an untied head; they start at the same time, and each test waits for the one it needs."""
+    benches: dict[bool, Bench] = {}
     try:
+        for tied in (True, False):
+            benches[tied] = start_bench(kind, tied, tmp_path_factory.mktemp(f"{kind}_tied_{tied}"))
         yield benches
     finally:
         for bench in benches.values():
             bench.engine.close()
 
 
-@pytest.fixture(scope="session")
-def vllm_tied(_vllm_starting: dict[bool, Bench]) -> Bench:
-    _vllm_starting[True].engine.wait_ready()
-    return _vllm_starting[True]
+def _ready(benches: dict[bool, Bench], tied: bool) -> Bench:
+    benches[tied].engine.wait_ready()
+    return benches[tied]
 
 
 @pytest.fixture(scope="session")
-def vllm_untied(_vllm_starting: dict[bool, Bench]) -> Bench:
-    _vllm_starting[False].engine.wait_ready()
-    return _vllm_starting[False]
-
-
-def _sglang(tied: bool, folder: Path) -> Iterator[Bench]:
-    bench = start_bench("sglang", tied, folder)
-    try:
-        bench.engine.wait_ready()
-        yield bench
-    finally:
-        bench.engine.close()
+def _vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Bench]]:
+    yield from _both("vllm", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def sglang_tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    yield from _sglang(True, tmp_path_factory.mktemp("sglang_tied"))
+def vllm_tied(_vllm: dict[bool, Bench]) -> Bench:
+    return _ready(_vllm, True)
 
 
 @pytest.fixture(scope="session")
-def sglang_untied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    yield from _sglang(False, tmp_path_factory.mktemp("sglang_untied"))
+def vllm_untied(_vllm: dict[bool, Bench]) -> Bench:
+    return _ready(_vllm, False)
+
+
+@pytest.fixture(scope="session")
+def _sglang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Bench]]:
+    yield from _both("sglang", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sglang_tied(_sglang: dict[bool, Bench]) -> Bench:
+    return _ready(_sglang, True)
+
+
+@pytest.fixture(scope="session")
+def sglang_untied(_sglang: dict[bool, Bench]) -> Bench:
+    return _ready(_sglang, False)
 
 
 @pytest.fixture(scope="session")

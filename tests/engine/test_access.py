@@ -15,6 +15,7 @@ from grpo_ds.config import RecipeError
 from grpo_ds.engine.base import KEY_VARIABLE, SamplingSpec
 from tests.engine.bench import Bench, new_engine, requests
 from tests.engine.conftest import SGLANG
+from tests.engine.test_process import descendants
 
 SPEC = SamplingSpec(n=1, max_tokens=4, temperature=0.0)
 EXPECTED = {
@@ -56,7 +57,15 @@ def test_the_key_is_in_no_command_line_and_no_log(served: tuple[str, Bench]) -> 
             assert key.encode() not in process.read_bytes(), process
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended in the meantime
-    assert key not in engine._process._log.read_text()
+    assert key not in engine._servers.process._log.read_text()
+
+
+def test_only_this_machine_can_connect(served: tuple[str, Bench]) -> None:
+    """Neither to the web server nor to what the engines open for their own processes."""
+    engine: Any = served[1].engine
+    family = descendants(engine._servers.process.pid)
+    open_to = {c.laddr.ip for process in family for c in process.net_connections("inet") if c.status == "LISTEN"}
+    assert open_to == {"127.0.0.1"}
 
 
 # 127.1 is this machine, not spelled as loopback: to the engine it is another host.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,33 +39,38 @@ def served(request: pytest.FixtureRequest) -> Bench:
 def computing(engine: Any) -> psutil.Process:
     """The process that runs the scheduler and the model; the web server is another one."""
     titles = ("sglang::scheduler", "VLLM::EngineCor")  # the kernel cuts names to 15 characters
-    family = descendants(engine._process.pid)
+    family = descendants(engine._servers.process.pid)
     (found,) = [p for p in family if p.name()[:15].startswith(titles) or "VLLM::EngineCore" in command_of(p)]
     return found
 
 
+MANY = 160
+"""Requests of 4 responses each: several times what a server computes at once, so most wait when the first is answered."""
+
+
 @contextmanager
-def under_way(bench: Bench, count: int, spec: SamplingSpec) -> Iterator[Future[list[list[RawRollout]]]]:
-    """So many requests that have begun: one that came after them is answered already."""
+def under_way(bench: Bench, spec: SamplingSpec) -> Iterator[Future[list[list[RawRollout]]]]:
+    """`MANY` requests of which one is answered, and others have begun."""
+    first = threading.Event()
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(bench.engine.generate, requests(count), spec)
-        time.sleep(0.3)
-        bench.engine.generate(requests(1, seed=900), SamplingSpec(n=1, max_tokens=30))
+        running = threads.submit(bench.engine.generate, requests(MANY), spec, lambda request, rollouts: first.set())
+        assert first.wait(60), "none of the requests was answered within 60 s"
+        time.sleep(0.3)  # hf begins a request when the one before is answered
         yield running
 
 
 def test_an_abort_ends_running_requests_with_the_tokens_they_have(bench: Bench) -> None:
     spec = SamplingSpec(n=4, max_tokens=200)
-    with under_way(bench, 48, spec) as running:
+    with under_way(bench, spec) as running:
         begun = time.monotonic()
         bench.engine.abort()
         took = time.monotonic() - begun
         answers = running.result(timeout=5)
     assert took < 20, "the rest would take longer"
     cut = [rollout for rollouts in answers for rollout in rollouts if rollout.finish_reason == "abort"]
-    assert len(cut) >= 48, "most were under way or waiting"
+    assert len(cut) > MANY * 4 / 2, "most were under way or waiting"
     assert any(rollout.token_ids for rollout in cut), "some had begun"
-    for request, rollouts in zip(requests(48), answers, strict=True):
+    for request, rollouts in zip(requests(MANY), answers, strict=True):
         assert len(rollouts) == 4
         for rollout in rollouts:
             assert len(rollout.token_ids) <= 200
@@ -86,7 +92,7 @@ def test_an_abort_of_an_idle_engine_is_nothing(bench: Bench) -> None:
 
 
 def test_paused_requests_can_be_aborted(served: Bench) -> None:
-    with under_way(served, 24, SamplingSpec(n=2, max_tokens=200)) as running:
+    with under_way(served, SamplingSpec(n=4, max_tokens=200)) as running:
         served.engine.pause()
         served.engine.abort()
         answers = running.result(timeout=5)
@@ -123,9 +129,10 @@ def test_requests_in_flight_go_on_under_the_new_policy(served: Bench, sender: Se
 def test_an_engine_sleeps_until_the_next_publication(served: Bench, sender: Sender) -> None:
     """The order of calls that a GPU needs, on a server whose CPU frees nothing: it ends up awake, with new weights."""
     engine = served.engine
-    with under_way(served, 24, SamplingSpec(n=2, max_tokens=200)) as running:
+    with under_way(served, SamplingSpec(n=4, max_tokens=200)) as running:
         with pytest.raises(EngineError, match="cannot sleep while requests are in flight"):
             engine.sleep()
+        engine.abort()
         running.result()
     engine.sleep()
     with pytest.raises(EngineError, match="sleeps since its last generation: publish weights first"):

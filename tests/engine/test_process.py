@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,14 @@ FAMILY = """
 import signal, subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+time.sleep(600)
+"""
+# A server that ignores SIGTERM and holds a named semaphore, as SGLang's processes do; it prints the name.
+HOLDER = """
+import multiprocessing, signal, time
+signal.signal(15, signal.SIG_IGN)
+semaphore = multiprocessing.get_context("spawn").Semaphore()
+print(semaphore._semlock.name, flush=True)
 time.sleep(600)
 """
 OWNER = """
@@ -92,6 +101,17 @@ def test_the_guard_ends_the_server_when_its_owner_is_killed(tmp_path: Path) -> N
         wait_for("the end of all", lambda: gone(family), 20)
 
 
+def test_a_server_that_has_to_be_killed_leaves_no_semaphore(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with guarded(log, sys.executable, "-c", HOLDER) as guard:
+        wait_for("the name of the semaphore", lambda: log.exists() and log.read_text().endswith("\n"), 20)
+        semaphore = Path(f"/dev/shm/sem.{log.read_text().strip().removeprefix('/')}")
+        assert semaphore.exists()
+        guard.terminate()
+        guard.wait(timeout=10)
+    assert not semaphore.exists()
+
+
 def test_the_guard_hands_on_output_and_exit_code(tmp_path: Path) -> None:
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
     with guarded(tmp_path / "log", sys.executable, "-c", code) as guard:
@@ -129,7 +149,7 @@ def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> It
 def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothing(two_engines: list[Any]) -> None:
     engine = two_engines[0]
     engine.wait_ready()
-    guard, scratch = engine._process.pid, engine._process._scratch
+    guard, scratch = engine._servers.process.pid, engine._servers.process._scratch
     family = descendants(guard)
     sockets = {connection.laddr for process in family for connection in process.net_connections("unix")} - {""}
     assert sockets and all(str(path).startswith(f"{scratch}/") for path in sockets), sockets
@@ -153,9 +173,9 @@ def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothin
 
 def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
     engine = two_engines[1]
-    wait_for("vLLM's engine process", lambda: engine_core_runs(engine._process.pid), 200)
-    family, scratch = descendants(engine._process.pid), engine._process._scratch
-    os.kill(engine._process.pid, signal.SIGKILL)
+    wait_for("vLLM's engine process", lambda: engine_core_runs(engine._servers.process.pid), 200)
+    family, scratch = descendants(engine._servers.process.pid), engine._servers.process._scratch
+    os.kill(engine._servers.process.pid, signal.SIGKILL)
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     engine.close()
     assert not scratch.exists()
@@ -163,8 +183,7 @@ def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
 
 def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", TRAINER, model_path, str(tmp_path)]
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp())  # pytest's own folder is too long for the name of a socket
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
     with subprocess.Popen(command, env=env) as trainer:
         try:
@@ -175,6 +194,7 @@ def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> N
             trainer.kill()
         wait_for("the end of the server's processes", lambda: gone(family), 20)
         wait_for("an empty folder for temporary files", lambda: not list(temporary.iterdir()), 5)
+    temporary.rmdir()
 
 
 def test_vllms_own_complaint_about_an_option_reaches_the_user(model_path: str, tmp_path: Path) -> None:
@@ -195,6 +215,19 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
         port = holder.getsockname()[1]
         with pytest.raises(RecipeError, match=f"engine.args.port is {port}"):
             new_engine("vllm", "m", tmp_path, args={"port": port})
+
+
+def test_a_folder_for_temporary_files_without_room_for_sockets_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 53
+    for length in (longest, longest + 1):
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * (length - 1))
+        if length == longest:
+            new_engine("vllm", "m", tmp_path)
+            continue
+        with pytest.raises(RecipeError, match=f"TMPDIR: /t+ has {length} characters.* only {longest} here: set TMPDIR"):
+            new_engine("vllm", "m", tmp_path)
 
 
 def test_a_server_that_never_answers_is_given_up_with_its_address(tmp_path: Path) -> None:

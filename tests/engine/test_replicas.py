@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from grpo_ds.engine.base import KEY_VARIABLE
 from tests.e2e.harness import Launched, read_jsonl, write_project
 
 ROUNDS = 8
@@ -48,8 +49,11 @@ def guard_command(process: psutil.Process) -> list[str]:
 def generates(process: psutil.Process) -> bool:
     """Whether requests run in the server at this moment."""
     words = process.cmdline()
-    text = httpx.get(f"http://127.0.0.1:{words[words.index('--port') + 1]}/metrics", timeout=30, trust_env=False).text
-    (running,) = re.findall(r"^vllm:num_requests_running\S* (\S+)$", text, re.M)
+    url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/metrics"
+    key = {"Authorization": f"Bearer {process.environ()[KEY_VARIABLE]}"}
+    answer = httpx.get(url, headers=key, timeout=30, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    (running,) = re.findall(r"^vllm:num_requests_running\S* (\S+)$", answer.text, re.M)
     return float(running) > 0
 
 

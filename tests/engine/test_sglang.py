@@ -32,7 +32,7 @@ def packer() -> Iterator[Sender]:
 
 def raw(bench: Bench, path: str, body: dict[str, Any]) -> Any:
     engine: Any = bench.engine
-    return engine._call("POST", engine._urls[0], path, body).json()
+    return engine._servers.call("POST", engine._urls[0], path, body).json()
 
 
 def test_the_responses_of_a_prompt_share_its_keys_and_values(sglang_tied: Bench) -> None:
@@ -83,7 +83,7 @@ def test_nothing_survives_a_killed_guard(tmp_path: Path) -> None:
     engine: Any = new_engine("sglang", save_model(make_model(tied=True), tmp_path / "model"), tmp_path)
     engine.start()
     try:
-        guard = psutil.Process(engine._process.pid)
+        guard = psutil.Process(engine._servers.process.pid)
         wait_for("SGLang's own processes", lambda: len(descendants(guard.pid)) >= 3, 600)
         time.sleep(2)  # until they have run the first lines of the launcher
         family = descendants(guard.pid)

@@ -218,6 +218,15 @@ def test_a_file_that_was_replaced_is_mapped_anew(tmp_path: Path) -> None:
     assert tensor.tolist() == [[0.0] * 3] * 2
 
 
+def test_memory_of_a_trainer_that_has_ended_is_let_go_with_the_first_bucket_of_the_next(tmp_path: Path) -> None:
+    reader = BucketReader()
+    list(reader.tensors(bucket(tmp_path / "old")))
+    (tmp_path / "old").unlink()
+    assert f"{tmp_path}/old (deleted)" in Path("/proc/self/maps").read_text()
+    list(reader.tensors(bucket(tmp_path / "next")))
+    assert f"{tmp_path}/old" not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [

@@ -191,17 +191,17 @@ class Cluster:
 
     # ---- the user's commands ----
 
-    def command(self, *words: str, check: bool = True, cwd: Path = ROOT) -> str:
+    def command(self, *words: str, check: bool = True, cwd: Path = ROOT, timeout_s: float = 60.0) -> str:
         done = subprocess.run(
             [_binary(words[0]), *words[1:]],
             env=self.env,
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
             check=False,
         )
-        assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stderr}"
+        assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def submit(self, cwd: Path, *options: str, arguments: list[str], nodes: str = "2") -> Job:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.harness import Launched, run, write_project
 from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.namespaces import two_namespaces
 from tests.slurm.pace import PACE, Pace
 
 
@@ -48,6 +49,13 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield made
     finally:
         made.stop()
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[str]]:
+    """Two network namespaces."""
+    with two_namespaces() as names:
+        yield names
 
 
 @pytest.fixture

@@ -61,6 +61,12 @@ def environment(**more: str) -> dict[str, str]:
     return env | own | more
 
 
+def rank(number: int, **more: str) -> dict[str, str]:
+    """What a launcher gives a rank of two nodes with one each."""
+    place = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return environment(**place, MASTER_ADDR=ADDRESSES[0], MASTER_PORT=PORT, **more)
+
+
 def together(commands: Sequence[Sequence[str]], cwd: Path, environments: Sequence[dict[str, str]]) -> list[str]:
     """Runs the commands at the same time; returns what each printed."""
     with ExitStack() as files:

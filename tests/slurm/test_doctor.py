@@ -8,29 +8,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.namespaces import ADDRESSES, PORT, WIRE, environment, inside, ip, program, together, two_namespaces
+from tests.e2e.harness import free_port
+from tests.slurm.cluster import Cluster
+from tests.slurm.namespaces import PORT, TOGETHER_S, WIRE, environment, inside, ip, program, rank, together
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 DOCTOR = [sys.executable, "-m", "grpo_ds.doctor", "--run-dir", "runs"]
 AHEAD = "import time\nnow = time.time\ntime.time = lambda: now() + 60.0\n"
-
-
-@pytest.fixture
-def nodes() -> Iterator[list[str]]:
-    with two_namespaces() as names:
-        yield names
-
-
-def rank(number: int, **more: str) -> dict[str, str]:
-    """What a launcher gives a rank of two nodes with one each."""
-    place = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return environment(**place, MASTER_ADDR=ADDRESSES[0], MASTER_PORT=PORT, **more)
 
 
 def first_problem(screen: str) -> str:
@@ -40,6 +29,13 @@ def first_problem(screen: str) -> str:
 def test_sound_nodes_are_examined(nodes: list[str], tmp_path: Path) -> None:
     screens = together([inside(node, *DOCTOR) for node in nodes], tmp_path, [rank(0), rank(1)])
     assert first_problem(screens[0]) == "doctor: all is well", "\n".join(screens)
+
+
+def test_slurms_own_launcher_is_understood(cluster: Cluster, home: Path) -> None:
+    cluster.env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    screen = cluster.command("srun", "--nodes=2", "--ntasks-per-node=1", *DOCTOR, cwd=home, timeout_s=TOGETHER_S)
+    assert "[n1]\n" in screen and "rank 0 of 2" in screen
+    assert first_problem(screen) == "doctor: all is well", screen
 
 
 def test_the_second_nodes_faults_are_all_named(nodes: list[str], recipe: Path, tmp_path: Path) -> None:

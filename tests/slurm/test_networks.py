@@ -1,25 +1,28 @@
-"""Two nodes with addresses of their own, through torchrun and deepspeed: they learn what one node learns."""
+"""Two nodes with addresses of their own: through torchrun and deepspeed they learn what one node learns; one is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from grpo_ds import peers
 from tests.e2e.harness import Launched, read_jsonl
 from tests.slurm.cluster import ROOT
 from tests.slurm.namespaces import (
     ADDRESSES,
     BIN,
     PORT,
+    WIRE,
     environment,
     hostfile,
     inside,
     program,
+    rank,
     ssh_servers,
     together,
-    two_namespaces,
 )
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -27,14 +30,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 MASTER = ["--master-addr", ADDRESSES[0], "--master-port", PORT]
 
 
-@pytest.fixture
-def nodes() -> Iterator[list[str]]:
-    with two_namespaces() as names:
-        yield names
-
-
-def torchrun(rank: int) -> list[str]:
-    return [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), *MASTER]
+def torchrun(node: int) -> list[str]:
+    return [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), *MASTER]
 
 
 def deepspeed(folder: Path, *how: str) -> list[str]:
@@ -86,8 +83,55 @@ def test_deepspeed_reaches_the_other_node_by_ssh(
     assert all("Pubkey auth succeeded" in log for log in logs), logs
 
 
-def test_ranks_of_two_jobs_that_meet_by_mistake_say_so(nodes: list[str], recipe: Path, tmp_path: Path) -> None:
-    commands = [inside(node, *torchrun(k), *train(recipe)) for k, node in enumerate(nodes)]
-    screens = together(commands, tmp_path, [environment(GRPO_DS_JOB=f"job-{k}") for k in range(2)])
-    assert "ranks of different jobs (job-0, job-1) met at MASTER_PORT" in "".join(screens)
-    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+MEET = """
+import subprocess, sys, time
+started = time.monotonic()
+from grpo_ds.dist import DistError, Ranks
+ranks = Ranks(float(sys.argv[1]))
+try:
+    ranks.connect("gloo")
+    ranks.where = "round 7"
+    ranks.barrier("all are here")
+    started = time.monotonic()
+    if ranks.rank == 1:
+        subprocess.run(["ip", "link", "set", sys.argv[2], "down"], check=True)
+    while True:
+        ranks.barrier("next step")
+except DistError as error:
+    print(f"{type(error).__name__}: {error}")
+print(f"{time.monotonic() - started:.1f}")
+"""
+"""A rank that meets the others, then waits for them again and again; the second one's node loses its network."""
+
+
+def meet(nodes: Sequence[str], folder: Path, timeout_s: float, environments: Sequence[dict[str, str]]) -> list[str]:
+    commands = [inside(node, sys.executable, "-c", MEET, str(timeout_s), WIRE) for node in nodes]
+    return together(commands, folder, environments)
+
+
+def test_a_rank_that_stays_alone_says_who_can_tell_why(nodes: list[str], tmp_path: Path) -> None:
+    (screen,) = meet(nodes[:1], tmp_path, 3.0, [rank(0, SLURMD_NODENAME="host-0")])
+    assert (
+        f"DistError: rank 0 on host-0 could not join the others at {ADDRESSES[0]}:{PORT}; `python -m grpo_ds.doctor`"
+        in screen
+    )
+
+
+def test_ranks_of_two_jobs_that_meet_by_mistake_say_so(nodes: list[str], tmp_path: Path) -> None:
+    screens = meet(nodes, tmp_path, 60.0, [rank(k, GRPO_DS_JOB=f"job-{k}") for k in range(2)])
+    for screen in screens:
+        assert "DistError: ranks of different jobs (job-0, job-1) met at MASTER_PORT" in screen
+
+
+def test_a_node_that_falls_silent_is_named_within_the_deadline(nodes: list[str], tmp_path: Path) -> None:
+    """No connection is reset, as after a power cut: both sides wait until the deadline, then say who does not answer."""
+    timeout_s = 8.0
+    screens = meet(nodes, tmp_path, timeout_s, [rank(k, SLURMD_NODENAME=f"host-{k}") for k in range(2)])
+    for number, screen in enumerate(screens):
+        said, waited = screen.splitlines()[-2:]
+        other = 1 - number
+        assert said.startswith(
+            f"PeerError: rank {number}: barrier (next step) failed at round 7: a peer died or missed"
+        ), screen
+        assert f"no answer from rank {other} on host-{other}" in said, screen
+        assert float(waited) < timeout_s + peers.PATIENCE_S + 5.0

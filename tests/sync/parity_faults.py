@@ -87,7 +87,7 @@ def folder_defaults(run: Run) -> Iterator[None]:
     """The sampling settings of the model folder, all at once."""
     config = run.policy.engine.module.model.generation_config
     with (
-        patch.multiple(config, temperature=0.7, top_p=0.9, top_k=12),
+        patch.multiple(config, temperature=0.7, top_p=0.9, top_k=12, min_p=0.0),
         sampling(temperature=0.7, top_p=0.9, top_k=12)(run),
     ):
         yield

@@ -12,6 +12,7 @@ import pytest
 
 from grpo_ds.config import SyncConfig
 from grpo_ds.dist import Ranks
+from grpo_ds.sync.group import GroupCarrier
 from grpo_ds.sync.publish import SyncError, WeightPublisher
 from tests.engine.bench import Bench, make_model, new_engine
 from tests.engine.test_update import assert_engine_is_policy, perturb
@@ -59,9 +60,8 @@ def test_a_server_with_another_number_of_workers_than_it_says_is_refused_in_time
 ) -> None:
     engine: Any = bench.engine
     with monkeypatch.context() as lie:
-        lie.setattr(publisher._carrier, "_timeout_s", 5.0)
+        lie.setattr(publisher, "_carrier", GroupCarrier(publisher.segment.bytes, "cpu", 5.0))
         lie.setattr(engine, "_workers", lambda url: said)
-        lie.setattr(engine, "_channels", {})
         started = time.monotonic()
         with pytest.raises(SyncError, match=rf"(?s)version 7 failed in step `bucket 1`: EngineError: .*{reason}"):
             publisher.publish(7)
@@ -105,7 +105,7 @@ def test_a_worker_killed_in_the_middle_of_a_bucket_ends_the_publication_at_once(
 
 def workers_of(engine: Any) -> list[psutil.Process]:
     """The processes of a server that hold weights."""
-    guard = psutil.Process(engine._process.pid)
+    guard = psutil.Process(engine._servers.process.pid)
     found = [p for p in guard.children(recursive=True) if "Worker" in p.name() or "Worker" in " ".join(p.cmdline())]
     assert len(found) == 2, [(p.name(), p.cmdline()) for p in guard.children(recursive=True)]
     return found

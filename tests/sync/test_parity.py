@@ -42,7 +42,7 @@ def write_project(folder: Path) -> Path:
     tokenizer = build_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = random_model(
-        Qwen3Config, vocab_size=len(tokenizer), num_hidden_layers=2, head_dim=16, max_position_embeddings=128,
+        Qwen3Config, vocab_size=len(tokenizer), num_hidden_layers=2, head_dim=32, max_position_embeddings=128,
         tie_word_embeddings=False, initializer_range=0.1, **sizes,
     )  # fmt: skip
     model.generation_config = GenerationConfig(

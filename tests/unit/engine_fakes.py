@@ -172,7 +172,7 @@ def make_pool(diary: Diary, replicas: int = 2, max_restarts: int = 5, **config: 
     return pool
 
 
-def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
@@ -192,7 +192,7 @@ class Meeting:
     """All-gather between threads that play ranks, each the lead of a node."""
 
     def __init__(self, world: int) -> None:
-        self._barrier = threading.Barrier(world, timeout=30)
+        self._barrier = threading.Barrier(world, timeout=100)
         self._values: list[Any] = [None] * world
 
     def rank(self, number: int) -> Any:

@@ -19,8 +19,9 @@ from grpo_ds.config import (
     RolloutConfig,
     TrainConfig,
 )
-from grpo_ds.filters import get_filter
+from grpo_ds.filters import Decision, get_filter
 from grpo_ds.inflight import Foreground
+from grpo_ds.metrics import group_metrics
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 from tests.unit.engine_fakes import OneRank
 
@@ -76,7 +77,14 @@ def test_generation_goes_on_until_the_round_has_its_groups_and_surplus_is_carrie
     assert [g.prompt.index for g in got.groups] == [1, 3, 5]
     assert [asked for _, _, asked in world.asked] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [g.prompt.index for g in world.collector.carried] == [7]
-    assert got.counts == {"kept": 4, "all_right": 4, "batches": 2, "surplus": 1, "stale": 0}
+    assert got.counts == {
+        "kept": 4,
+        "dropped/all_right": 4,
+        "dropped/stale": 0,
+        "aborted": 0,
+        "batches": 2,
+        "surplus": 1,
+    }
     assert len(got.rollouts) == 8
     assert world.collector.cursor == 8
 
@@ -95,8 +103,26 @@ def test_carried_groups_older_than_max_staleness_are_dropped_and_counted() -> No
     world = World(lambda index: [0.0, 1.0], batch=6, max_staleness=1)
     world.collect()
     third = world.collect(2, version=2)
-    assert third.counts["stale"] == 3
+    assert third.counts["dropped/stale"] == 3
     assert third.order == [6, 7, 8]
+
+
+def test_a_filter_of_ones_own_may_give_any_reason_and_each_is_counted() -> None:
+    world = World(lambda index: [0.0, 1.0], batch=6)
+    reasons = {0: "aborted", 2: "batches", 4: "too easy"}  # the first two are also words of the collector's own
+    verdicts = iter(Decision(k not in reasons, reasons.get(k, "splendid")) for k in range(6))
+    world.collector.keep = lambda scores: next(verdicts)
+    got = world.collect()
+    assert got.order == [1, 3, 5]
+    assert [world.collector.again, sorted(world.collector.in_flight)] == [[], []], "none of them is asked again"
+    assert (got.counts["batches"], got.counts["kept"], got.counts["aborted"]) == (1, 3, 0)
+    assert {name: n for name, n in got.counts.items() if name.startswith("dropped/") and n} == {
+        "dropped/aborted": 1,
+        "dropped/batches": 1,
+        "dropped/too easy": 1,
+    }
+    row = group_metrics(got)
+    assert (row["kept_groups"], row["dropped_groups"], row["dropped/too easy"]) == (3, 3, 1)
 
 
 def test_exhaustion_is_an_error_that_counts_what_was_seen() -> None:
@@ -138,4 +164,4 @@ def test_without_the_filter_one_scored_response_is_enough() -> None:
     world = World(lambda index: [1.0, None], enable=False)
     collection = world.collect()
     assert collection.order == [0, 1, 2]
-    assert collection.counts["kept"] == 4 and "unscorable" not in collection.counts
+    assert collection.counts["kept"] == 4 and "dropped/unscorable" not in collection.counts

@@ -32,6 +32,7 @@ from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 from tests.unit.engine_fakes import Meeting, OneRank
 
 NEEDED = 3
+KEEP = get_filter("dynamic_sampling")
 
 
 def recipe(mode: str, batch: int = 5, **filter_groups: Any) -> Recipe:
@@ -101,8 +102,7 @@ class Node:
 
 def collector(settings: Recipe, rank: Any, node: Node) -> Collector:
     generation = Foreground(node.sample) if settings.sync.mode == "drain" else node
-    keep = get_filter("dynamic_sampling")
-    return Collector(settings, rank, Endless(), keep, generation, grade)  # type: ignore[arg-type]
+    return Collector(settings, rank, Endless(), KEEP, generation, grade)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -240,7 +240,7 @@ def test_what_ran_over_too_many_publications_is_dropped_as_stale() -> None:
         assert collects.collect(version, version, Clock()).order == order
     node.version, node.looks = 2, [[3], [8, 9], [4], [10]]
     third = collects.collect(2, 2, Clock())
-    assert third.counts["stale"] == 2, "prompts 3 and 4 were begun under policy 0"
+    assert third.counts["dropped/stale"] == 2, "prompts 3 and 4 were begun under policy 0"
     assert third.order == [8, 9, 10] and third.lags == [1, 1, 0]
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from grpo_ds.doctor import (
+from grpo_ds.doctor import _write_token
+from grpo_ds.doctor_checks import (
     Facts,
     Finding,
     check_bandwidth,
@@ -117,6 +118,14 @@ def test_the_table_ends_with_the_problems_in_order() -> None:
         "doctor: e: also",
     ]
     assert table([Finding("a", "1")]).splitlines() == ["a  ok     1", "doctor: all is well"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (reason,) = _write_token(tmp_path / "file" / "runs")
+    assert "cannot write there (Not a directory): give run.dir another place" in reason
+    path, content = _write_token(tmp_path / "runs")
+    assert Path(path).read_text() == content
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from grpo_ds.config import EngineConfig, RecipeError
 from grpo_ds.engine import make_engine
 from grpo_ds.engine.base import KEY_VARIABLE
-from grpo_ds.engine.key import RequireKey, checked_url, listen_words, shared_key
+from grpo_ds.engine.key import RequireKey, checked_url, checked_urls, listen_words, shared_key
 from grpo_ds.engine.serve import command
 
 KEY = "0123456789abcdef"
@@ -38,10 +38,29 @@ def test_another_host_is_joined_only_with_a_key(tmp_path: Path, kind: str) -> No
         make_engine(config, model_path="m", dtype="float32", max_model_len=64, log_dir=tmp_path, device="cpu", seed=0)
 
 
-@pytest.mark.parametrize("url", ["https://127.0.0.1:8000", "127.0.0.1:8000", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://127.0.0.1:8000", "127.0.0.1:8000", "http://", "http://127.0.0.1", "http://127.0.0.1:0"),
+        *("http://h:99999", "http://h:port", "http://[::1:8000", "http://h:1/v1", "http://h:1?x=1", "http://h:1#x"),
+    ],
+)
 def test_what_is_no_http_address_is_refused(url: str) -> None:
-    with pytest.raises(RecipeError, match="give http://HOST:PORT"):
+    with pytest.raises(RecipeError, match="give http://HOST:PORT") as refusal:
         checked_url(url, KEY)
+    assert repr(url) in str(refusal.value)
+
+
+def test_an_address_with_a_password_is_refused_without_being_shown() -> None:
+    with pytest.raises(RecipeError, match="give http://HOST:PORT") as refusal:
+        checked_url("http://127.0.0.1:secret@10.0.0.1:8000", KEY)
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_server_is_joined_once() -> None:
+    """Two buckets at once would go into the same weights."""
+    with pytest.raises(RecipeError, match="engine.urls contains http://127.0.0.1:1 2 times: give each server once"):
+        checked_urls(["http://127.0.0.1:1", "http://127.0.0.1:1/"], None)
 
 
 def test_a_name_that_only_begins_like_loopback_is_another_host() -> None:

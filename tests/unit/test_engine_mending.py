@@ -97,7 +97,7 @@ def test_all_ranks_publish_for_one_nodes_engine_and_go_on_together() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(40)
+        thread.join(120)
     assert published == {0: 1, 1: 1, 2: 1}
     for rank in (0, 1):
         check(got[rank][0], prompts(10 * rank, 8), 0, 0)
@@ -110,10 +110,14 @@ def test_all_ranks_publish_for_one_nodes_engine_and_go_on_together() -> None:
 
 
 def break_one(diary: Diary, rng: random.Random) -> None:
-    """Kills, stops, or spoils an engine that is well."""
-    well = [e for e in diary.made if not (e.dead or e.stopped or e.rubbish or e.closed)]
-    if not well:
-        return
+    """Kills, stops, or spoils an engine that is well, as soon as there is one."""
+    well: list[FakeEngine] = []
+
+    def look() -> bool:
+        well[:] = [e for e in diary.made if not (e.dead or e.stopped or e.rubbish or e.closed)]
+        return bool(well)
+
+    wait_for("an engine that is well", look)
     victim = rng.choice(well)
     how = rng.choice(["dead", "stopped", "rubbish"])
     setattr(victim, how, without_logprobs if how == "rubbish" else True)

@@ -48,6 +48,7 @@ def test_an_engine_without_a_server_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_says_where_it_is_before_it_becomes_the_server(tmp_path: Path) -> None:
     """A shell script plays the engine's python here: it prints what it was called with."""
     python = tmp_path / "python"
@@ -56,10 +57,10 @@ def test_it_says_where_it_is_before_it_becomes_the_server(tmp_path: Path) -> Non
     words = [sys.executable, "-m", "grpo_ds.engine_node", "--announce", str(tmp_path / "url")]
     words += ["--recipe", "quickstart.yaml", "--engine.python", str(python)]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=280, check=True)
     url = (tmp_path / "url").read_text().strip()
     host, port = done.stdout.split()[-3], done.stdout.split()[-1]
     assert url == f"http://{host}:{port}" and host == "127.0.0.1"
-    refused = subprocess.run([*words, "--engine.kind", "hf"], env=env, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run([*words, "--engine.kind", "hf"], env=env, capture_output=True, text=True, timeout=280)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("grpo_ds.engine_node: engine.kind hf has no server")

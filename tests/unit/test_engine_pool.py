@@ -99,7 +99,7 @@ def test_a_hung_replica_is_noticed_by_its_silence_and_ended(diary: Diary) -> Non
     diary.made[1].stopped, diary.must_ask = True, frozenset({1})
     start = time.monotonic()
     assert pool.generate(requests(10), SPEC) == right(10)
-    assert STALL_S <= time.monotonic() - start < STALL_S + 5
+    assert STALL_S <= time.monotonic() - start < STALL_S + 60, "long before engine.request_timeout_s"
     wait_for("the end of the hung one", lambda: diary.made[1].closed)
     assert not diary.made[0].closed
 

