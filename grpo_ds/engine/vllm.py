@@ -86,4 +86,6 @@ def server_environment(device: str) -> dict[str, str]:
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if device == "cpu":
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # lets the engine process run the model itself
+        # Its sampling helpers would be built with g++ by every server anew, during the first generation.
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
     return server_env(device, defaults)

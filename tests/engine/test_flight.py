@@ -38,7 +38,7 @@ def served(request: pytest.FixtureRequest) -> Bench:
 
 def computing(engine: Any) -> psutil.Process:
     """The process that runs the scheduler and the model; the web server is another one."""
-    titles = ("sglang::scheduler", "VLLM::EngineCor")  # the kernel cuts names to 15 characters
+    titles = ("sglang::schedul", "VLLM::EngineCor")  # the kernel cuts names to 15 characters
     family = descendants(engine._servers.process.pid)
     (found,) = [p for p in family if p.name()[:15].startswith(titles) or "VLLM::EngineCore" in command_of(p)]
     return found
@@ -94,9 +94,11 @@ def test_an_abort_of_an_idle_engine_is_nothing(bench: Bench) -> None:
 def test_paused_requests_can_be_aborted(served: Bench) -> None:
     with under_way(served, SamplingSpec(n=4, max_tokens=200)) as running:
         served.engine.pause()
-        served.engine.abort()
-        answers = running.result(timeout=5)
-    served.engine.resume()
+        try:
+            served.engine.abort()
+            answers = running.result(timeout=5)
+        finally:
+            served.engine.resume()
     assert any(rollout.finish_reason == "abort" for rollouts in answers for rollout in rollouts)
     ((rollout,),) = served.engine.generate(requests(1), GREEDY)
     assert rollout.finish_reason == "length"

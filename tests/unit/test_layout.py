@@ -142,8 +142,10 @@ def test_the_table_of_libraries_names_no_file_that_does_not_exist_or_does_not_im
 
 def test_only_dist_and_the_weight_groups_talk_to_torch_distributed() -> None:
     users = {name_of(path) for path in SOURCES if any(within(m, "torch.distributed") for m in imports(path))}
-    # The others: groups between a trainer and its engine, which are none of the ranks' business.
-    assert users == {"grpo_ds/dist.py", "grpo_ds/sync/group.py", "grpo_ds/sync/receive.py"}
+    # The others: groups between a trainer and its engine, and between an engine's workers, which are none of the ranks'
+    # business.
+    engines = {"grpo_ds/sync/receive.py", "grpo_ds/sync/receive_vllm.py"}
+    assert users == {"grpo_ds/dist.py", "grpo_ds/sync/group.py", *engines}
 
 
 @pytest.mark.parametrize("part", PURE)
