@@ -144,8 +144,8 @@ def server_env(device: str, defaults: Mapping[str, str] = MappingProxyType({})) 
     # More threads spin at each other's cost when cores are shared with the trainer.
     ours = {"OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
     if device == "cpu":
-        # malloc keeps what is freed: each weight update takes and frees the model's bytes, and a third of its time went
-        # into taking pages from the kernel anew. 16 GiB stand for "never give back".
+        # malloc keeps what is freed: each weight update takes and frees the model's bytes, and a quarter of its CPU time
+        # went into taking pages from the kernel anew. 16 GiB stand for "never give back".
         ours |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     return ours | dict(defaults) | env
 

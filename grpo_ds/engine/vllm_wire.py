@@ -16,7 +16,9 @@ NEEDED: dict[str, Any] = {
     "weight_transfer_config": {"backend": "grpo_ds"},
 }
 """Options that `grpo_ds.engine.serve` gives to every server, because updates and log-probabilities depend on them."""
-_RESERVED = ("model", "served_model_name", "host", "middleware", "override_generation_config", *NEEDED)
+_SAMPLING = ("override_generation_config", "logits_processors")
+"""They would change what is sampled behind the recipe's back."""
+_RESERVED = ("model", "served_model_name", "host", "middleware", *_SAMPLING, *NEEDED)
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 

@@ -93,6 +93,7 @@ def test_nothing_survives_a_killed_guard(tmp_path: Path) -> None:
         engine.close()
 
 
+@pytest.mark.slow
 def test_a_pool_of_two_answers_every_request_when_one_hangs_and_when_one_dies(tmp_path: Path) -> None:
     """The scheduler of one server is stopped while it generates; once that one is replaced, the other one's is killed."""
     model = make_model(tied=True)

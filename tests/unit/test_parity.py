@@ -281,6 +281,7 @@ SETTINGS = EngineSettings("m", "float32", 64, Path("logs"), "cpu", 0)
     [
         (vllm_wire, "generation_config"),
         (vllm_wire, "override_generation_config"),
+        (vllm_wire, "logits_processors"),
         (sglang_wire, "preferred_sampling_params"),
     ],
 )
