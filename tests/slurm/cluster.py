@@ -176,7 +176,9 @@ class Cluster:
         try:
             if not process.name().startswith("slurmstepd"):
                 return False
-            return any(variable(child, "SLURMD_NODENAME") == name for child in process.children())
+            # Another cluster of this machine may have a node of the same name.
+            mine = [p for p in process.children() if variable(p, "GRPO_DS_SLURM_TEST") == str(self.folder)]
+            return any(variable(child, "SLURMD_NODENAME") == name for child in mine)
         except psutil.NoSuchProcess:
             return False
 

@@ -8,42 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.e2e.harness import Launched, read_jsonl, run
-from tests.slurm.cluster import Cluster, Job, command_line, variable, wait_for
+from tests.e2e.harness import run
+from tests.slurm.cluster import Cluster, Job, variable, wait_for
 from tests.slurm.pace import Pace
+from tests.slurm.watching import ENDS_S, START_S, is_rank, metrics, nothing_left, wait_rounds
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-START_S = 300.0
-"""Deadline for a job to get where a test wants it; generous, because two CPUs carry both nodes."""
-ENDS_S = 30.0
-"""Deadline for all processes of a job to end, SLURM's own waiting included."""
 EXACT = ("loss", "reward", "score_all", "kept_groups", "dropped_groups", "tokens_trained")
-
-
-def metrics(job: Job | Launched) -> list[dict[str, Any]]:
-    return read_jsonl(job.folder / "metrics.jsonl")
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
     for key in EXACT:
         assert other[key] == pytest.approx(one[key], abs=1e-5), key
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-
-
-def wait_rounds(job: Job, count: int) -> None:
-    def reached() -> bool:
-        assert job.state in ("PENDING", "RUNNING", "CONFIGURING"), f"{job.state}\n{job.screen}"
-        return job.rounds() >= count
-
-    wait_for(f"round {count} of job {job.number}", reached, START_S)
-
-
-def nothing_left(job: Job) -> None:
-    wait_for(f"the end of all processes of job {job.number}", lambda: not job.processes(), ENDS_S)
 
 
 def queued_again(job: Job) -> None:
@@ -61,7 +41,7 @@ def test_the_quick_start_learns_on_two_nodes_with_an_engine_each_as_on_one_node(
 ) -> None:
     """vLLM on both nodes; the first step's losses are those of one node with two ranks and one engine."""
     quick_start = ["--recipe", "quickstart.yaml", "--train.checkpoint_every", "0", "--actor.lr_warmup_steps", "2"]
-    job = cluster.submit(home, arguments=[*quick_start, "--train.rounds", "20"])
+    job = cluster.submit(home, arguments=[*quick_start, "--train.rounds", "10"])
     assert job.wait(2 * START_S) == "COMPLETED", job.screen
     nothing_left(job)
     (tmp_path / "one").mkdir()
@@ -81,27 +61,7 @@ def test_the_quick_start_learns_on_two_nodes_with_an_engine_each_as_on_one_node(
     assert nodes == {"0", "1"}, "each node generated its share"
     logs = home / "runs" / "slurm" / job.number
     assert sorted(file.name for file in logs.iterdir()) == ["node-0.log", "node-1.log"]
-    assert "round   20/20" in (logs / "node-0.log").read_text()
-
-
-def test_engines_may_have_nodes_of_their_own(cluster: Cluster, home: Path) -> None:
-    """A heterogeneous job: n1 trains, n2 serves, and the weights go from one to the other in a process group."""
-    arguments = ["--recipe", "quickstart.yaml", "--train.rounds", "4", "--data.heldout", "null"]
-    job = cluster.submit_with_engines(home, [*arguments, "--sync.transport", "group", "--sync.verify", "full"])
-    wait_rounds(job, 1)
-    ranks = [p for p in cluster.processes() if _is_rank(p)]
-    servers = [p for p in cluster.processes() if "grpo_ds.engine.serve" in command_line(p)]
-    assert [variable(p, "SLURMD_NODENAME") for p in ranks] == ["n1"]
-    assert {variable(p, "SLURMD_NODENAME") for p in servers} == {"n2"}
-    secret = variable(ranks[0], "GRPO_DS_ENGINE_KEY")
-    assert len(secret) == 64 and {variable(p, "GRPO_DS_ENGINE_KEY") for p in servers} == {secret}
-    commands = "\n".join(command_line(p) for p in cluster.processes())
-    assert job.wait(START_S) == "COMPLETED", job.screen
-    wait_for("the end of ranks and servers", lambda: not cluster.processes(), ENDS_S)
-    assert [m["round"] for m in metrics(job)] == list(range(4))
-    assert all(m["logprob_gap"] < 1e-3 for m in metrics(job)), "the engine had the weights of every round"
-    assert secret not in commands + job.screen
-    assert not list((job.folder / "logs").glob("**/vllm_server.log")), "no engine was started on the training node"
+    assert "round   10/10" in (logs / "node-0.log").read_text()
 
 
 def test_two_jobs_at_once_of_which_slurm_stops_one_before_its_time_limit_and_a_user_cancels_the_other(
@@ -169,7 +129,7 @@ def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
     )
     wait_rounds(job, 2)
     assert job.show("NumNodes") == "2"
-    survivors = [p for p in job.processes() if variable(p, "SLURMD_NODENAME") == "n1" and _is_rank(p)]
+    survivors = [p for p in job.processes() if variable(p, "SLURMD_NODENAME") == "n1" and is_rank(p)]
     started = time.monotonic()
     victims = cluster.lose_node("n2")
     assert len(survivors) == 1 and victims
@@ -187,12 +147,6 @@ def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
     assert job.show("NumNodes") == "1"
     assert [m["round"] for m in metrics(job)] == list(range(rounds))
     assert json.loads((job.folder / "manifest.json").read_text())["ranks"] == 1
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    """python launch/train.py ..., but not a child that was forked from one; srun names the script further behind."""
-    chain = [process, *process.parents()[:1]]
-    return [command_line(p).split()[1:2] == ["launch/train.py"] for p in chain] == [True, False]
 
 
 def test_a_wrong_recipe_fails_at_once_and_is_not_queued_again(cluster: Cluster, home: Path) -> None:
