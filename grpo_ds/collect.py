@@ -3,7 +3,8 @@
 Every node's leading rank drives its own engine on its share of each generation batch; only a line of scalars a group
 (prompt index, verdict, version) crosses nodes, so every rank takes the same decision and the loop never ends at
 different times. Groups are taken in prompt order, whatever node made them. What a round does not need is carried to
-the next one with the policy version that made it.
+the next one with the policy versions that made it. A group counts as long as one of its tokens is young enough to be
+trained on (filter_groups.max_staleness); its older tokens then give no loss (`grpo_ds.samples`).
 
 With sync.mode keep or abort a round is over as soon as it has its groups. What still runs goes on beside the trainer
 and becomes groups of a later round (keep), or is ended and its prompts are asked again (abort). While a round waits,
@@ -79,6 +80,7 @@ class Verdict:
     reason: str | None
     """The filter's; None: there is no group, because the prompt's requests were aborted."""
     version: int
+    """The oldest policy version that made any of its tokens that may be trained on."""
     node: int
 
 
@@ -95,7 +97,9 @@ class Collection:
     rollouts: list[Group] = field(default_factory=list)
     """Everything this node generated in the round, kept or not, for the record."""
     lags: list[int] = field(default_factory=list)
-    """Of each group in `order`: how many policy versions its oldest token is behind the engines."""
+    """Of each group in `order`: how many policy versions its oldest trained token is behind the engines."""
+    oldest: int = 0
+    """Tokens of policy versions before this one give no loss."""
 
 
 class Collector:
@@ -136,7 +140,7 @@ class Collector:
         counts: Counter[str] = Counter()
         needed = self.recipe.train.prompts_per_round
         self._drop_stale(version, counts)
-        available = self._agree([self._verdict(g, Decision(True, "kept")) for g in self.carried])
+        available = self._agree([self._verdict(g, Decision(True, "kept"), version) for g in self.carried])
         made: list[Group] = []
         while len(available) < needed:
             while len(available) + len(self.in_flight) < needed and self._ask(round_index, counts):
@@ -155,14 +159,23 @@ class Collector:
             counts["in_flight"] = len(self.in_flight)
         groups = sorted((g for g in self.carried if g.prompt.index in taken), key=lambda g: g.prompt.index)
         self.carried = [g for g in self.carried if g.prompt.index not in taken]
-        return Collection(groups, [v.index for v in chosen], dict(counts), made, [version - v.version for v in chosen])
+        order, lags = [v.index for v in chosen], [version - v.version for v in chosen]
+        return Collection(groups, order, dict(counts), made, lags, self._oldest(version))
 
     def unfinished(self) -> list[int]:
         """Prompts that were drawn and have become neither groups nor drops: a resumed run asks them first."""
         return sorted({*self.again, *self.in_flight})
 
+    def _oldest(self, version: int) -> int:
+        """The oldest policy version whose tokens are trained on while the engines hold `version`."""
+        return version - self.filter.max_staleness
+
+    def _stale(self, group: Group, version: int) -> bool:
+        """Whether all of its tokens are too old."""
+        return max(group.versions, default=version) < self._oldest(version)
+
     def _drop_stale(self, version: int, counts: Counter[str]) -> None:
-        fresh = [g for g in self.carried if version - g.version <= self.filter.max_staleness]
+        fresh = [g for g in self.carried if not self._stale(g, version)]
         dropped = self.ranks.all_gather(len(self.carried) - len(fresh), "stale groups")
         counts[f"{DROPPED}stale"] = sum(dropped)
         self.carried = fresh
@@ -193,7 +206,7 @@ class Collector:
         made += fresh
         decisions = [self._decide(group, version) for group in fresh]
         self.carried += [g for g, d in zip(fresh, decisions, strict=True) if d.keep]
-        mine = [self._verdict(g, d) for g, d in zip(fresh, decisions, strict=True)]
+        mine = [self._verdict(g, d, version) for g, d in zip(fresh, decisions, strict=True)]
         mine += [Verdict(a.prompt.index, False, None, version, self.ranks.node) for a in answers if a.train is None]
         verdicts = self._agree(mine)
         kept = [v for v in verdicts if v.keep]
@@ -217,7 +230,7 @@ class Collector:
             return [replace(g, baseline=b.members[0]) for g, b in zip(groups, self.grader(greedy), strict=True)]
 
     def _decide(self, group: Group, version: int) -> Decision:
-        if version - group.version > self.filter.max_staleness:
+        if self._stale(group, version):
             return Decision(False, "stale")
         metric = self.filter.metric_to_filter
         scores = [m.score if metric == "score" else m.parts[metric] for m in group.members]
@@ -226,8 +239,9 @@ class Collector:
             return Decision(scored, "kept" if scored else "unscorable")
         return self.keep(scores)
 
-    def _verdict(self, group: Group, decision: Decision) -> Verdict:
-        return Verdict(group.prompt.index, decision.keep, decision.reason, group.version, self.ranks.node)
+    def _verdict(self, group: Group, decision: Decision, version: int) -> Verdict:
+        oldest = min((v for v in group.versions if v >= self._oldest(version)), default=version)
+        return Verdict(group.prompt.index, decision.keep, decision.reason, oldest, self.ranks.node)
 
     def _agree(self, mine: list[Verdict]) -> list[Verdict]:
         """All nodes' verdicts, on every rank."""

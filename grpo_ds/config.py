@@ -166,7 +166,8 @@ class FilterGroupsConfig:
     max_num_gen_batches: int = 4
     """Generation batches a round may use to find its groups; 0: no limit."""
     max_staleness: int = 1
-    """Surplus groups wait for a later round until they are this many policy versions old, then they are dropped."""
+    """Tokens of a policy more than this many versions old give no loss, and a group with no other tokens, such as a
+    surplus group that waited too long, is dropped; 0: only what the current policy sampled is trained on."""
     on_exhausted: Literal["error", "train_partial"] = "error"
     """When max_num_gen_batches did not give enough groups: end the run, or train on what there is."""
 
@@ -280,8 +281,8 @@ class SyncConfig:
     mode: Literal["drain", "keep", "abort"] = "drain"
     """What becomes of requests that still run when a round has its groups. drain: the round waits for them; only this
     is reproducible. keep: they run on beside the trainer, under the new weights after the publication, and become
-    groups of a later round (dropped when their first token is older than filter_groups.max_staleness, so long responses
-    suffer first). abort: they are ended, and their prompts are asked again in the next round. Both need more prompts
+    groups of a later round, in which tokens that are older than filter_groups.max_staleness by then are masked out of
+    the loss. abort: they are ended, and their prompts are asked again in the next round. Both need more prompts
     in flight than a round trains on: rollout.prompts_per_batch above train.prompts_per_round."""
     transport: Literal["auto", "shared_memory", "ipc", "group"] = "auto"
     """How weights reach the engine: through memory of this node (shared_memory), GPU memory (ipc, CUDA's handles), or a

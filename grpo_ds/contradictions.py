@@ -45,11 +45,6 @@ def _about_sync_mode(recipe: Recipe) -> Iterator[str]:
             f"sync.mode {mode} needs an engine that answers while the trainer works, and engine.kind hf is part of the "
             "trainer: set sync.mode: drain"
         )
-    if mode == "keep" and recipe.algorithm.filter_groups.max_staleness == 0:
-        yield (
-            "sync.mode keep carries requests over a publication, and algorithm.filter_groups.max_staleness: 0 would drop "
-            "all of them: raise it, or set sync.mode: abort"
-        )
     if mode == "keep" and recipe.engine.sleep:
         yield (
             "sync.mode keep needs an engine that works beside the trainer, and engine.sleep takes its memory away: set "

@@ -6,7 +6,7 @@ and its failure names the step, the rank, the operation, and the nodes whose ran
 
 Bytes at 64 nodes x 8 ranks, 512 prompts x 16 samples, 22k tokens: the filter's all-gather is ~100 B a group (50 KB in
 all); the all-to-all moves each sample once, ~20 B a token (8192 x 22k x 20 B = 3.6 GB over 512 ranks, 7 MB a rank);
-nothing is funnelled through rank 0.
+nothing is funnelled through rank 0. Weight shards cross nodes in columns of ranks, see `grpo_ds.sync.publish`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_ds.peers import Peer, describe, listen, node_name, silent
+from grpo_ds.peers import Peer, Watch, describe, listen, node_name, silent
+from grpo_ds.processes import say_last
 
 
 class DistError(RuntimeError):
@@ -53,6 +54,7 @@ class Ranks:
         self._column: Any = None
         self._peers: list[Peer] = []
         self._listener: socket.socket | None = None
+        self._watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -117,6 +119,21 @@ class Ranks:
                 f"ranks of different jobs ({', '.join(sorted(jobs))}) met at MASTER_PORT {os.environ['MASTER_PORT']}: "
                 "give each job a port of its own"
             )
+        if self.leads_node and self.nodes > 1:
+            following = self._peers[(self.node + 1) % self.nodes * self.local_world]
+            try:
+                self._watch = Watch(following, self._on_silence)
+            except OSError as error:
+                raise DistError(
+                    f"rank {self.rank} on {node_name()} cannot reach {describe([following])} at "
+                    f"{following.host}:{following.port}: {error}"
+                ) from error
+
+    def _on_silence(self, silence_s: float) -> NoReturn:
+        """Ends this process: its main thread may wait in a collective (of NCCL too) for ever, and cannot be woken."""
+        lost = self.lost_peers() or "; but all ranks answer again"
+        say_last(f"PeerError: rank {self.rank}: a node said nothing for {silence_s:g} s, at {self.where}{lost}")
+        os._exit(1)
 
     @contextmanager
     def _speaking(self, operation: str) -> Iterator[None]:
@@ -203,26 +220,24 @@ class Ranks:
             )
         return [bytes(part.numpy()) for part in target.split(received.tolist())]
 
-    def column_shards(self, mine: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
-        """(rank, shard) of this rank and of its peers with the same local rank on the other nodes.
+    @property
+    def column(self) -> list[int]:
+        """The ranks with the local rank of this one, one a node, in the order of the nodes."""
+        return list(range(self.local_rank, self.world, self.local_world))
 
-        mine: flat shard of at most `length` elements. One all-gather over the column; none on a single node.
+    def column_gather(self, mine: Sequence[Tensor], places: Sequence[Sequence[Tensor]], what: str) -> None:
+        """Fills places[node][k] with `mine[k]` of the column's rank on that node, all of them in one all-gather.
+
+        Flat uint8 CPU tensors; `mine[k]` has the same size on all ranks of the column. Gloo flattens what is sent and
+        what arrives, so both exist once more meanwhile. Only where there are several nodes.
         """
-        if self.nodes == 1:
-            yield self.rank, mine
-            return
-        if self._column is None:
-            raise DistError(f"rank {self.rank}: no column group; call connect() first")
-        padded = torch.zeros(length, dtype=mine.dtype)
-        padded[: mine.numel()] = mine
-        rows = [torch.empty_like(padded) for _ in range(self.nodes)]
-        with self._speaking("all-gather (weight shards across nodes)"):
-            dist.all_gather(rows, padded, group=self._column)
-        for node, row in enumerate(rows):
-            yield node * self.local_world + self.local_rank, row
+        with self._speaking(f"all-gather ({what})"):
+            self._column.allgather_coalesced([list(row) for row in places], list(mine)).wait()
 
     def close(self) -> None:
         """Leaves the groups."""
+        if self._watch is not None:
+            self._watch.close()
         if self._listener is not None:
             self._listener.close()
         if dist.is_initialized():

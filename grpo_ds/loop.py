@@ -128,7 +128,7 @@ def advantages(recipe: Recipe, parts: Parts, collection: Collection, clock: Cloc
     """The samples this node made, with advantages; KL placed in the reward is taken off before the estimator."""
     reference = parts.reference
     if reference is None or recipe.actor.kl_placement == "loss":
-        return parts.advantage(collection.groups)
+        return parts.advantage(collection.groups, oldest=collection.oldest)
     drafts = parts.advantage.drafts(collection.groups)
     work = assign(recipe, parts.ranks, parts.layout, collection.order, drafts)
 
@@ -138,7 +138,7 @@ def advantages(recipe: Recipe, parts: Parts, collection: Collection, clock: Cloc
 
     with clock.time("logprobs"):
         penalties = per_token_home(work, parts.ranks, parts.layout, parts.actor.device, penalty)
-    return parts.advantage(collection.groups, penalties)
+    return parts.advantage(collection.groups, penalties, collection.oldest)
 
 
 def update(parts: Parts, work: Assignment, version: int, clock: Clock) -> tuple[Stats, list[float]]:

@@ -53,8 +53,8 @@ def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
 def group_metrics(collection: Collection) -> dict[str, Any]:
     """What became of the round's groups on all nodes; every rank knows it.
 
-    `dropped/<reason>`: as the filter gives it, or `stale`. `version_lag/*`: policy versions that the oldest token of a
-    trained group is behind the engines. `groups/in_flight`: prompts still being answered at the round's end;
+    `dropped/<reason>`: as the filter gives it, or `stale`. `version_lag/*`: policy versions that the oldest trained token
+    of a group is behind the engines. `groups/in_flight`: prompts still being answered at the round's end;
     `groups/aborted`: those whose answers were cut off; `groups/asked_again`: those asked once more, after an abort or a
     resume (see sync.mode).
     """
@@ -80,7 +80,9 @@ def round_metrics(
 
     `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
     `loss`, `grad_norm`: means over the round's optimizer steps. `mixed_version_share`: trained responses with tokens of
-    several versions. The rest: `group_metrics`.
+    several versions. `stale_tokens_masked`: tokens of trained groups that are too old to give a loss
+    (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made. The rest:
+    `group_metrics`.
     """
     members = [m for group in collection.groups for m in group.members]
     generated = [m for group in collection.rollouts for m in group.members]
@@ -91,10 +93,12 @@ def round_metrics(
     cut = [m for m in generated if m.rollout.finish_reason == "length"]
     baseline_tokens = sum(len(m.rollout.token_ids) for m in greedy)
     mixed = sum(len(m.rollout.spans) > 1 for m in members)
+    spans = [span for m in members if m.reward is not None for span in m.rollout.spans]
+    too_old = sum(span.end - span.start for span in spans if span.version < collection.oldest)
     sums = [sum(rewards), len(rewards), sum(scores), len(scores), sum(lengths), len(lengths), len(cut), baseline_tokens]
-    sums += [mixed, len(members)]
+    sums += [mixed, len(members), too_old]
     total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
-    reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses = total
+    reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses, too_old = total
     trained = sum(step.totals.tokens for step in plan)
     values = summarise(stats, trained)
     values["loss"] /= len(plan)
@@ -111,6 +115,7 @@ def round_metrics(
         "responses": responses,
         "unscored": responses - scored,
         "tokens_trained": trained,
+        "stale_tokens_masked": too_old,
         "samples": sum(step.samples for step in plan),
         "optimizer_steps": len(plan),
         **values,

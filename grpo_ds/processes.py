@@ -190,10 +190,13 @@ def say_last(cause: str, *, peer: bool = False, peer_delay_s: float = 5.0) -> No
     above = launchers()
     if above:
         # The launcher may be ending this rank and its descendants already; the cause is handed over first. Ignored
-        # signals are inherited.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # signals are inherited. Only the main thread may set them.
+        main = threading.current_thread() is threading.main_thread()
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _speak_after(above[0], _started(above[0]), cause, _AFTER_THE_LAUNCHER_S if peer else 0.0)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if peer:
         time.sleep(peer_delay_s)
     if not above:

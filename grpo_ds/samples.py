@@ -1,6 +1,9 @@
 """Scored groups -> samples with advantages, and their wire form. Pure.
 
-Every per-token array of a sample has the length of its token_ids (prompt + response).
+Every per-token array of a sample has the length of its token_ids (prompt + response). Tokens that may not be trained
+on (of a truncated response, of a policy too old) are masked here, after the estimator: the whole response was sampled
+and earned its reward, so it counts in the statistics of its group and of the batch; all that comes later, denominators
+included, sees the tokens that are left.
 """
 
 from __future__ import annotations
@@ -53,12 +56,15 @@ class AdvantageStage:
 
     def drafts(self, groups: Sequence[Group]) -> list[Sample]:
         """The samples without advantages, in the order of `__call__`; nothing is masked."""
-        return [_sample(g, m, torch.zeros(len(m.rollout.token_ids)), False) for g in groups for m in self.trainable(g)]
+        return [_sample(g, m, torch.zeros(len(m.rollout.token_ids))) for g in groups for m in self.trainable(g)]
 
-    def __call__(self, groups: Sequence[Group], penalties: Sequence[Tensor] | None = None) -> list[Sample]:
+    def __call__(
+        self, groups: Sequence[Group], penalties: Sequence[Tensor] | None = None, oldest: int = 0
+    ) -> list[Sample]:
         """Runs the estimator over whole groups; samples come in group order.
 
-        penalties: for each sample an (R,) tensor taken off its token rewards (KL placed in the reward).
+        penalties: for each sample an (R,) tensor taken off its token rewards (KL placed in the reward). oldest: tokens
+        of earlier policy versions give no loss.
         """
         members = [(i, group, member) for i, group in enumerate(groups) for member in self.trainable(group)]
         if not members and self.all_reduce is None:
@@ -68,10 +74,12 @@ class AdvantageStage:
             row[: penalty.numel()] -= penalty
         index = torch.tensor([i for i, _, _ in members], dtype=torch.int64)
         advantages, _ = self.estimator(rewards, mask, index, **self._needs([(g, m) for _, g, m in members]))
-        return [
-            _sample(group, member, row, self.mask_truncated and member.rollout.finish_reason == "length")
-            for (_, group, member), row in zip(members, advantages, strict=True)
-        ]
+        samples = [_sample(group, member, row) for (_, group, member), row in zip(members, advantages, strict=True)]
+        for (_, _, member), sample in zip(members, samples, strict=True):
+            if self.mask_truncated and member.rollout.finish_reason == "length":
+                sample.response_mask.zero_()
+            sample.response_mask.logical_and_(sample.versions >= oldest)
+        return samples
 
     def _needs(self, members: Sequence[tuple[Group, Scored]]) -> dict[str, Any]:
         needs: dict[str, Any] = {}
@@ -94,7 +102,7 @@ def token_rewards(members: Sequence[Scored]) -> tuple[Tensor, Tensor]:
     return rewards, mask
 
 
-def _sample(group: Group, member: Scored, advantages: Tensor, masked: bool) -> Sample:
+def _sample(group: Group, member: Scored, advantages: Tensor) -> Sample:
     prompt, rollout = group.prompt.token_ids, member.rollout
     start, length = len(prompt), len(prompt) + len(rollout.token_ids)
     sample = Sample(
@@ -109,8 +117,6 @@ def _sample(group: Group, member: Scored, advantages: Tensor, masked: bool) -> S
     sample.advantages[start:] = advantages[: length - start]
     for span in rollout.spans:
         sample.versions[start + span.start : start + span.end] = span.version
-    if masked:
-        sample.response_mask.zero_()
     return sample
 
 

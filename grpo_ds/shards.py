@@ -37,6 +37,13 @@ class Shard:
         start = rank * self.length
         return self.param.detach().flatten()[start : start + self.length]
 
+    def padded_bytes(self, rank: int) -> Tensor:
+        """This rank's shard in host memory as flat uint8, `length` elements on every rank; a copy only where needed."""
+        mine = self.local(rank).cpu().contiguous()
+        if mine.numel() < self.length:
+            mine = torch.cat([mine, mine.new_zeros(self.length - mine.numel())])
+        return mine.view(torch.uint8)
+
 
 def list_shards(module: nn.Module, world: int) -> list[Shard]:
     """The parameters of a DeepSpeed module in the model's order, tied weights once. Works for every ZeRO stage."""

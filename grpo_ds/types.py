@@ -57,11 +57,6 @@ class Rollout:
     text: str
     """The decoded response without special tokens, for rewards and for people."""
 
-    @property
-    def version(self) -> int:
-        """The oldest policy version among its tokens."""
-        return min(span.version for span in self.spans)
-
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -86,9 +81,9 @@ class Group:
     """The greedy response, for estimators that need one (ReMax): scored, counted in the cost, never trained on."""
 
     @property
-    def version(self) -> int:
-        """The oldest policy version that made any of its tokens."""
-        return min(member.rollout.version for member in self.members)
+    def versions(self) -> set[int]:
+        """The policy versions that made its members' tokens."""
+        return {span.version for member in self.members for span in member.rollout.spans if span.end > span.start}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +96,8 @@ class Sample:
     response_mask: Tensor
     """(T,) bool, True on tokens the policy sampled and the loss may use."""
     rollout_logprobs: Tensor
-    """(T,) float32, the engine's log-probability of token t; 0 where the mask is False."""
+    """(T,) float32, the engine's log-probability of token t; 0 on tokens that the policy did not sample."""
     advantages: Tensor
-    """(T,) float32; 0 where the mask is False."""
+    """(T,) float32; 0 on tokens that the policy did not sample."""
     versions: Tensor
-    """(T,) int64, the policy version that sampled token t; -1 where the mask is False."""
+    """(T,) int64, the policy version that sampled token t; -1 on tokens that the policy did not sample."""

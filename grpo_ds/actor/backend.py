@@ -6,6 +6,7 @@ so a rank holds 1/world of the model and one layer at a time, never 140 GB.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,8 @@ def connect(ranks: Ranks) -> None:
         get_accelerator().set_device(ranks.local_rank)
     ranks.connect(get_accelerator().communication_backend_name() if device_kind() != "cpu" else "gloo")
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    # As DeepSpeed's own launcher does: without it each backward on a CPU starts numactl to count devices.
+    os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world))
 
 
 class _Zero3Loading:

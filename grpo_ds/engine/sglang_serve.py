@@ -13,6 +13,7 @@ the hooks registered here.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -61,6 +62,18 @@ def _keep_seeds(info: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> 
     seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
     info.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)
     return info
+
+
+class _OpenGate(asyncio.Condition):
+    """Where the web server of a paused SGLang keeps new requests, and no abort finds them: they pass, and wait in the
+    scheduler, which is paused too, with those that it took back."""
+
+    async def wait_for(self, predicate: Callable[[], Any]) -> Any:
+        return predicate()  # whatever it says
+
+
+def _open_gate(result: Any, manager: Any) -> None:
+    manager.is_pause_cond = _OpenGate()
 
 
 def _answer_refusals(load: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:
@@ -125,11 +138,14 @@ def main() -> None:
     from sglang.launch_server import run_server
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import prepare_server_args
 
     from grpo_ds.engine.key import RequireKey, shared_key
 
+    # Here only: no other process has a tokenizer manager.
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    HookRegistry.register(f"{manager}.init_weight_update", _open_gate, HookType.AFTER)
     load_plugins()
     if set(HookRegistry._hooks) != HookRegistry._patched:  # SGLang itself would only log it and go on
         sys.exit(f"this version of SGLang lacks what grpo_ds hooks into; patched was only {HookRegistry._patched}")

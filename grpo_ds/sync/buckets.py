@@ -15,6 +15,10 @@ class Placed:
     shard: Shard
     offset: int
 
+    def place(self, rank: int) -> int:
+        """Byte offset of a rank's part."""
+        return self.offset + rank * self.shard.length * self.shard.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:

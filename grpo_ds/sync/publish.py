@@ -4,23 +4,26 @@
 
 On a node every rank copies its own ZeRO shards to their place in shared memory, without a collective; no rank ever
 holds the model. Under the ZeRO stages whose ranks hold whole parameters each copies its share of them. Across nodes
-each rank fetches the shards that its peers of the same local rank hold, bucket by bucket. The memory has two halves:
-ranks fill one while the engine gets the other, which it maps (`segment`) or is sent (`group`).
+each rank fetches the shards that its peers of the same local rank hold, in one all-gather a bucket whatever the dtypes.
+The memory has two halves: ranks exchange and fill one while the engine gets the other, which it maps (`segment`) or is
+sent (`group`).
 
 With sync.verify the lead sends checksums along, and an engine that reads other bytes than were written refuses them:
 a wrong offset, a mapping of another file, a half overwritten too early.
 
-Bytes, 70B bf16 (140 GB), 64 nodes x 8 ranks: a rank writes 140/8 = 17.5 GB a node into host memory, of which 17.2 GB
-arrive over the network in an all-gather of 64 ranks; the engine of a node reads 140 GB; nothing passes a single rank.
-Extra memory: two buckets a node. Engines on other nodes: see `group`.
+Bytes, 70B bf16 (140 GB), 64 nodes x 8 ranks, buckets of 512 MiB: a rank writes 140/8 = 17.5 GB a node into host memory,
+of which 17.2 GB arrive over the network in some 260 all-gathers of 64 ranks, each rank sending 1 MiB in each; the engine
+of a node reads 140 GB; nothing passes a single rank. Extra memory: two buckets a node, shared by its ranks. Across nodes
+also, in each rank and while a bucket arrives, what gloo receives and sends: 1/8 and 1/512 of a bucket here, a bucket a
+node in all. Engines on other nodes: see `group`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,10 +41,20 @@ from grpo_ds.sync.transport import Kind
 
 VERIFY_EVERY = 16
 """With sync.verify sampled, versions between two checksums of the same tensor."""
+_PATIENCE = 0.9
+"""Part of train.collective_timeout_s that an engine may take to pause: the other ranks wait that long for its lead."""
 
 
 class SyncError(RuntimeError):
     """A weight publication failed; the message names version, step of the transaction and rank."""
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """Until when the engines have to be done, on the monotonic clock, and how an error says that they were not."""
+
+    at: float
+    says: str
 
 
 class WeightPublisher:
@@ -87,13 +100,30 @@ class WeightPublisher:
 
     def _write(self, bucket: Bucket, base: int) -> None:
         """Copies this rank's shards (and, across nodes, those of its column) to their places."""
-        for item in bucket.items:
-            shard = item.shard
-            mine = shard.local(self.ranks.rank)
-            for rank, part in self.ranks.column_shards(mine, shard.length):
-                start = base + item.offset + rank * shard.length * shard.dtype.itemsize
-                self.segment.view(start, part.numel(), shard.dtype).copy_(part)
+        if self.ranks.nodes > 1:
+            self._exchange(bucket, base)
+        else:
+            for item in bucket.items:
+                mine = item.shard.local(self.ranks.rank)
+                start = base + item.place(self.ranks.rank)
+                self.segment.view(start, mine.numel(), mine.dtype).copy_(mine)
         self.segment.settle()
+
+    def _exchange(self, bucket: Bucket, base: int) -> None:
+        """As bytes, so that dtypes need no collectives of their own; from gloo straight to their places in host memory."""
+        mine = [item.shard.padded_bytes(self.ranks.rank) for item in bucket.items]
+        sizes = [part.numel() for part in mine]
+        places = [
+            [self.segment.view(base + i.place(rank), n, torch.uint8) for i, n in zip(bucket.items, sizes, strict=True)]
+            for rank in self.ranks.column
+        ]
+        on_host = self.segment.bytes.device.type == "cpu"
+        arrived = places if on_host else [[torch.empty(n, dtype=torch.uint8) for n in sizes] for _ in places]
+        self.ranks.column_gather(mine, arrived, "weight shards across nodes")
+        if not on_host:
+            for row, parts in zip(places, arrived, strict=True):
+                for place, part in zip(row, parts, strict=True):
+                    place.copy_(part)
 
     def _manifest(self, bucket: Bucket, base: int) -> dict[str, Any]:
         """As in `grpo_ds.sync.receive`; for a carrier the bucket is a memory of its own, which begins at `base`."""
@@ -133,15 +163,13 @@ class WeightPublisher:
         """On a lead, has its engine do something beside this thread, one thing after the other; None on other ranks."""
         return self._sender.submit(call, self.engine, *args) if self.engine else None
 
-    def _agree(self, version: int, what: str, asked: Future[object] | None, deadline: float = math.inf) -> None:
+    def _agree(self, version: int, what: str, asked: Future[object] | None, deadline: _Deadline) -> None:
         """Waits for what the leads' engines were asked; all ranks go on together, or all raise with the lead's reason."""
         reason = None
         if asked is not None:
-            left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-            wait([asked], left)
+            wait([asked], max(0.0, deadline.at - time.monotonic()))
             if not asked.done():
-                limit = f"{self.config.timeout_s:g} s (sync.timeout_s)"
-                reason = f"the engine of node {self.ranks.node} was not done {limit} after it had paused"
+                reason = f"the engine of node {self.ranks.node} was not done {deadline.says}"
             elif error := asked.exception():  # carried to all ranks below, none may be left waiting
                 reason = f"{type(error).__name__}: {error}"
         failed = torch.tensor([float(reason is not None)])
@@ -154,8 +182,9 @@ class WeightPublisher:
 
         Returns seconds: `pause`, `write` (this rank's copies), `wait` (for the engine and the other ranks between the
         copies) and `finish` follow each other; `verify` (the lead's checksums) is a part of `wait`, or hidden behind
-        `write`. Raises SyncError on every rank when any engine failed, missed the deadline (sync.timeout_s, from the
-        moment it paused), read other bytes than were written, or does not report the version afterwards.
+        `write`. Raises SyncError on every rank when any engine failed, missed a deadline (most of
+        train.collective_timeout_s to pause, then sync.timeout_s for the rest), read other bytes than were written, or
+        does not report the version afterwards.
         """
         clock = time.monotonic()
         seconds = {"pause": 0.0, "write": 0.0, "wait": 0.0, "finish": 0.0}
@@ -167,9 +196,10 @@ class WeightPublisher:
             seconds[name] += now - clock
             clock = now
 
-        # Without our deadline: an engine that is being restarted pauses when it is up, and has a deadline for that.
-        self._agree(version, "pause", self._ask(lambda engine: engine.pause()))
-        deadline = time.monotonic() + self.config.timeout_s
+        # Not within sync.timeout_s: an engine that is being restarted pauses when it is up, and has deadlines for that.
+        self._agree(version, "pause", self._ask(lambda engine: engine.pause()), self._until_paused())
+        limit = self.config.timeout_s
+        deadline = _Deadline(time.monotonic() + limit, f"{limit:g} s (sync.timeout_s) after it had paused")
         names = tuple(shard.name for shard in self.shards)
         self._agree(version, "begin", self._ask(lambda engine: engine.begin_update(names)), deadline)
         lap("pause")
@@ -188,6 +218,13 @@ class WeightPublisher:
         lap("finish")
         self.version = version
         return seconds | {"verify": self._verify_s}
+
+    def _until_paused(self) -> _Deadline:
+        """Ends before the other ranks, which wait in a collective, give up without knowing the reason."""
+        whole = self.ranks.timeout_s
+        limit = _PATIENCE * whole
+        says = f"{limit:g} s after it was asked ({_PATIENCE:g} of the {whole:g} s of train.collective_timeout_s)"
+        return _Deadline(time.monotonic() + limit, says)
 
     def republish(self) -> None:
         """Publishes once more under the version of the last time, for engines that were restarted since."""

@@ -6,9 +6,10 @@ its transfer engine. Only vLLM's processes may import it; neither DeepSpeed nor 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -94,12 +95,23 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._start()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        with self._as_one():
+        with self._as_one(), self._every_core():
             self._receive(update_info)
 
     def finish_weight_update(self) -> None:
-        with self._as_one():
+        with self._as_one(), self._every_core():
             self._finish()
+
+    @contextmanager
+    def _every_core(self) -> Iterator[None]:
+        """On CPU layers are copied and repacked with all cores: the server is paused, and only writers of buckets run."""
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _start(self) -> None:
         if self._layers_open:
@@ -116,7 +128,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         mapped: set[int] = set()
 
         def views() -> Iterator[tuple[str, Tensor]]:
-            for name, view in self._reader.tensors(asdict(update_info)):
+            for name, view in self._reader.tensors(dict(vars(update_info))):
                 mapped.add(view.untyped_storage().data_ptr())
                 yield name, view.to(self.device)  # from host memory to an accelerator this is the transfer itself
 
@@ -141,12 +153,12 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
         # Before anything is closed: after this error the missing tensors can still be sent.
         self._ledger.require_complete()
-        # On CPU a head computes with a repacked copy. A tied head is never sent, so its copy is made anew below.
+        # On CPU a head computes with a repacked copy. A tied head is never sent, so it still has the old one.
         tied = [module for module in self.model.modules() if _is_head(module) and get_layerwise_info(module).can_load()]
         finalize_layerwise_reload(self.model, self.model_config)
         self._layers_open = False
         for head in tied:
-            head.quant_method.process_weights_after_loading(head)
+            _repack(head, self.model)
 
     def shutdown(self) -> None:
         self._reader.close()
@@ -160,6 +172,16 @@ def _errors_of_all(error: Exception | None, workers: GroupCoordinator) -> str:
     dist.all_gather(rows, mine, group=workers.cpu_group)
     found = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
     return "; ".join(dict.fromkeys(filter(None, found)))
+
+
+def _repack(head: ParallelLMHead, model: nn.Module) -> None:
+    """Has a tied head compute with its embedding's new weights; on CPU both then share one packed copy."""
+    owners = (m for m in model.modules() if m is not head and getattr(m, "weight", None) is head.weight)
+    packed = getattr(next(owners, None), "cpu_linear", None)
+    if packed is not None:
+        head.cpu_linear = packed
+    else:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _is_head(module: nn.Module) -> TypeGuard[ParallelLMHead]:

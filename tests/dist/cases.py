@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,11 @@ UNSCORED, TRUNCATED = 1, 4
 
 SPREADS = (("grpo", "k1"), ("reinforce_plus_plus", "k3"), ("grpo", "abs"), ("reinforce_plus_plus", "k2"))
 """(estimator, KL estimate) where the KL is placed in the reward."""
+KINDS = ("k3", "k1", "abs", "k2", "k3+", "k1+", "abs+")
+"""KL estimates where the KL is placed in the loss; the estimator is not used there."""
 GAMMA = 0.9
+CUTS = tuple(product((TIGHT, 64, 1000), ("padded", "packed"), (0, 7)))
+"""(budget of a micro-batch, layout, seed of the packing order)."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ class GradientCase:
     loss: str = "vanilla"
     mode: str = "token-mean"
     kl: Placement = ""
-    spread: tuple[str, str] = SPREADS[0]
+    spread: tuple[str, str] = ("grpo", "k3")
+    """(estimator, KL estimate)."""
     budget: int = TIGHT
     layout: str = "padded"
     shuffle: int = 0
-    """Seed of the order of the samples; 0: as they are."""
+    """Seed of the order of the samples, of the micro-batches and of who gets which; 0: as the plan has it."""
     importance: tuple[str, str] = ("token", "truncate")
     model: str = "untied"
     few: bool = False
@@ -75,7 +80,7 @@ class GradientCase:
         ]
         parts += [f"shuffle{self.shuffle}" if self.shuffle else "", "few" if self.few else "", self.mistake]
         parts += ["-".join(self.importance), "" if self.old else "on-policy"]
-        parts += self.spread if self.kl == "reward" else ()
+        parts += {"reward": self.spread, "loss": self.spread[1:], "": ()}[self.kl]
         return "/".join(p for p in parts if p)
 
     @property
@@ -85,11 +90,9 @@ class GradientCase:
 
 
 def split_cases() -> list[GradientCase]:
-    """Every cut of the same step: micro-batch sizes, layouts, orders of the samples."""
-    cut = product(
-        (TIGHT, 64, 1000), ("padded", "packed"), (("token-mean", ""), ("seq-mean-token-mean", "loss")), (0, 7)
-    )
-    cases = [GradientCase(mode=m, kl=kl, budget=b, layout=y, shuffle=s) for b, y, (m, kl), s in cut]  # type: ignore[arg-type]
+    """Every cut of the same step: micro-batch sizes, layouts, packing orders."""
+    plain, loss = GradientCase(), GradientCase(mode="seq-mean-token-mean", kl="loss")
+    cases = [cut_as(case, cut) for cut in CUTS for case in (plain, loss)]
     cases += [GradientCase(mode="seq-mean-token-mean", kl="loss", few=True, layout=y) for y in ("padded", "packed")]
     return cases
 
@@ -104,22 +107,44 @@ def other_cases() -> list[GradientCase]:
     return cases
 
 
-def rotated_cases(world: int) -> list[GradientCase]:
-    """Every loss x aggregation x KL placement at every world size, each under another cut: 5 and 12 have no common
-    divisor, so neighbouring combinations never share one, and a combination meets a different cut at each world size.
-    """
-    cuts = list(product((TIGHT, 64, 1000), ("padded", "packed"), (0, 7)))
-    combinations = enumerate(product(PLACEMENTS, LOSSES, MODES))
+def combinations() -> list[GradientCase]:
+    """Every loss x aggregation x KL placement; each aggregation meets every KL estimate, each loss four of them."""
     return [
-        GradientCase(loss=n, mode=m, kl=kl, spread=spread_of(kl, n, m), budget=b, layout=y, shuffle=s)
-        for k, (kl, n, m) in combinations
-        for b, y, s in [cuts[(5 * k + 3 * world) % len(cuts)]]
+        GradientCase(loss=n, mode=m, kl=kl, spread=spread_of(kl, LOSSES.index(n) + MODES.index(m)))
+        for kl, n, m in product(PLACEMENTS, LOSSES, MODES)
     ]
 
 
-def spread_of(kl: Placement, loss: str, mode: str) -> tuple[str, str]:
-    """Every loss and every aggregation meets all of SPREADS."""
-    return SPREADS[(LOSSES.index(loss) + MODES.index(mode)) % len(SPREADS) if kl == "reward" else 0]
+def spread_of(kl: Placement, index: int) -> tuple[str, str]:
+    """(estimator, KL estimate) number `index`, around and around."""
+    if kl == "reward":
+        return SPREADS[index % len(SPREADS)]
+    return ("grpo", KINDS[index % len(KINDS) if kl else 0])
+
+
+def cut_as(case: GradientCase, cut: tuple[int, str, int]) -> GradientCase:
+    """The same step in other micro-batches."""
+    return replace(case, budget=cut[0], layout=cut[1], shuffle=cut[2])
+
+
+def rotated_cases(world: int) -> list[GradientCase]:
+    """Each combination under one cut; the whole product takes minutes.
+
+    On 2 ranks all of them: every loss, every aggregation and every placement meets every cut. On 1 and on 4 a third, in
+    which every loss meets every aggregation and every placement, and every aggregation every placement.
+    """
+    share, offset = {1: (3, 0), 2: (1, 0), 4: (3, 1)}[world]
+    return [
+        cut_as(case, CUTS[(3 * k + k // len(MODES) + world) % len(CUTS)])
+        for k, case in enumerate(combinations()[offset::share])
+    ]
+
+
+def product_cases() -> list[GradientCase]:
+    """Everything with everything: every combination under every cut, and with one loss every KL estimate as well."""
+    kinds = [GradientCase(mode=m, kl="loss", spread=("grpo", kind)) for m in MODES for kind in KINDS]
+    spreads = [GradientCase(mode=m, kl="reward", spread=spread) for m in MODES for spread in SPREADS]
+    return [cut_as(case, cut) for case in dict.fromkeys(combinations() + kinds + spreads) for cut in CUTS]
 
 
 MISTAKES = [

@@ -10,6 +10,7 @@ import torch
 
 from tests.dist import cases
 from tests.dist.harness import launch
+from tests.dist.oracle import Truth
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def samples(folder: Path) -> list[dict[str, torch.Tensor]]:
     return cases.read_samples(folder)
+
+
+@pytest.fixture(scope="session")
+def truth(folder: Path) -> Truth:
+    """The gradients in float64."""
+    return Truth(folder, torch.float64)
 
 
 @pytest.fixture(scope="session")

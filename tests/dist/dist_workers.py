@@ -37,7 +37,7 @@ def primitives(folder: Path) -> dict[str, Any]:
         "empty": [p.hex() for p in ranks.exchange([b""] * ranks.world, "test")],
         "sum": ranks.sum(torch.tensor([float(ranks.rank), 1e-12], dtype=torch.float64), "test"),
         "max": ranks.max(torch.tensor([float(-ranks.rank)]), "test"),
-        "columns": [(rank, shard.clone()) for rank, shard in _columns(ranks)],
+        "column": (ranks.column, _column(ranks) if ranks.nodes > 1 else []),
         "facts": [ranks.node, ranks.nodes, ranks.leads_node, ranks.is_main],
     }
     ranks.barrier("end")
@@ -45,10 +45,12 @@ def primitives(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _columns(ranks: Ranks) -> list[tuple[int, torch.Tensor]]:
-    """A shard of 3 elements, 2 on the last rank, whose place of 3 is padded."""
-    length = 2 if ranks.rank == ranks.world - 1 else 3
-    return list(ranks.column_shards(torch.full((length,), float(ranks.rank)), 3))
+def _column(ranks: Ranks) -> list[torch.Tensor]:
+    """What arrives on each node's row of one memory, for two parts of unequal length at odd places."""
+    memory = torch.full((ranks.nodes, 12), 255, dtype=torch.uint8)
+    mine = [torch.full((3,), 10 + ranks.rank, dtype=torch.uint8), torch.full((5,), 20 + ranks.rank, dtype=torch.uint8)]
+    ranks.column_gather(mine, [[row[1:4], row[5:10]] for row in memory], "test")
+    return list(memory)
 
 
 def _leave(folder: Path, worker: str, ranks: Ranks, message: str, seconds: float) -> NoReturn:

@@ -47,6 +47,7 @@ def launch(
     shared = {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(local_world),
+        "LOCAL_SIZE": str(local_world),  # as DeepSpeed's launcher; without it each backward on a CPU starts numactl
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",

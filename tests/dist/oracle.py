@@ -1,20 +1,41 @@
-"""The truth about gradients: float64, one sequence at a time, plain autograd, formulas written down a second time.
+"""The truth about gradients: one process, one sequence at a time, plain autograd, formulas written down a second time.
 
-Uses nothing of grpo_ds. d = lp - lp_ref, q = lp - lp_old, w = exp(lp_old - lp_roll).
+Uses nothing of grpo_ds. d = lp - lp_ref, q = lp - lp_old, w = exp(lp_old - lp_roll). All in the model's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.dist.cases import GAMMA, GROUPS, KL_COEF, MAX_RESPONSE_TOKENS, TEMPERATURE, TRUNCATED, GradientCase
+from tests.dist.cases import (
+    FEW,
+    GAMMA,
+    GROUPS,
+    KL_COEF,
+    MAX_RESPONSE_TOKENS,
+    TEMPERATURE,
+    TRUNCATED,
+    GradientCase,
+    read_model,
+    read_rollouts,
+    read_samples,
+)
 
 LOW, HIGH = 0.2, 0.28
 UPPER, LOWER = 2.0, 0.5
+
+
+_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "abs": lambda d: d.abs(),
+    "k2": lambda d: d**2 / 2,
+    "k3": lambda d: (-d).exp() - 1 + d,
+}
 
 
 def logprobs(model: Any, raw: dict[str, Tensor]) -> Tensor:
@@ -25,11 +46,26 @@ def logprobs(model: Any, raw: dict[str, Tensor]) -> Tensor:
     return picked
 
 
+class Plain:
+    """A model that does not change: one forward pass a sequence, whose graph stays for all cases."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def logprobs(self, raw: dict[str, Tensor]) -> Tensor:
+        """As `logprobs`."""
+        ids = raw["token_ids"]  # what copies of a sample share; kept, so that its number is not given to another one
+        if id(ids) not in self._known:
+            self._known[id(ids)] = ids, logprobs(self.model, raw)
+        return self._known[id(ids)][1]
+
+
 def token_losses(case: GradientCase, lp: Tensor, raw: dict[str, Tensor]) -> Tensor:
     """(L,) losses of one sequence's response tokens."""
     mask = raw["response_mask"]
-    a, roll = (raw[k][mask].double() for k in ("advantages", "rollout_logprobs"))
-    old = raw["old"][mask].double() if case.old else lp.detach()
+    a, roll = (raw[k][mask].to(lp.dtype) for k in ("advantages", "rollout_logprobs"))
+    old = raw["old"][mask].to(lp.dtype) if case.old else lp.detach()
     q = lp - old
     rho = q.exp()
     if case.loss == "vanilla":
@@ -40,7 +76,7 @@ def token_losses(case: GradientCase, lp: Tensor, raw: dict[str, Tensor]) -> Tens
     elif case.loss == "cispo":
         loss = -rho.detach().clamp(1 - LOW, 1 + HIGH) * a * lp
     elif case.loss == "sapo":
-        tau = torch.where(a > 0, 1.0, 1.05).double()
+        tau = torch.where(a > 0, 1.0, 1.05).to(lp.dtype)
         loss = -a * 4 / tau / (1 + (-tau * (rho - 1)).exp())
     elif case.loss == "gmpo":
         held = torch.where(a > 0, torch.minimum(q, q.clamp(-LOW, HIGH)), torch.maximum(q, q.clamp(-LOW, HIGH)))
@@ -49,8 +85,10 @@ def token_losses(case: GradientCase, lp: Tensor, raw: dict[str, Tensor]) -> Tens
         loss = -a * lp
     loss = loss * _weights(case, old, roll)
     if case.kl == "loss":
-        d = lp - raw["ref"][mask].double()
-        loss = loss + KL_COEF * ((-d).exp() - 1 + d)
+        kind = case.spread[1]
+        # Straight through: whatever its value, the gradient is k2's.
+        estimate = _ESTIMATES["k2" if kind.endswith("+") else kind]
+        loss = loss + KL_COEF * estimate(lp - raw["ref"][mask].to(lp.dtype))
     return loss
 
 
@@ -66,23 +104,17 @@ def _weights(case: GradientCase, old: Tensor, roll: Tensor) -> Tensor:
     return w * ((w >= LOWER) & (w <= UPPER))
 
 
-def loss(case: GradientCase, model: Any, samples: list[dict[str, Tensor]]) -> Tensor:
+def loss(
+    case: GradientCase, logprobs_of: Callable[[dict[str, Tensor]], Tensor], samples: list[dict[str, Tensor]]
+) -> Tensor:
     """The loss of the optimizer step, a scalar."""
-    parts = [token_losses(case, logprobs(model, raw), raw) for raw in samples if raw["response_mask"].any()]
+    parts = [token_losses(case, logprobs_of(raw), raw) for raw in samples if raw["response_mask"].any()]
     if case.mode == "token-mean":
         return torch.stack([p.sum() for p in parts]).sum() / sum(len(p) for p in parts)
     if case.mode == "seq-mean-token-mean":
         return torch.stack([p.mean() for p in parts]).mean()
     mean = torch.stack([p.sum() for p in parts]).mean()
     return mean if case.mode == "seq-mean-token-sum" else mean / MAX_RESPONSE_TOKENS
-
-
-_PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": lambda d: d,
-    "abs": lambda d: d.abs(),
-    "k2": lambda d: d**2 / 2,
-    "k3": lambda d: (-d).exp() - 1 + d,
-}
 
 
 def _grpo(rewards: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -100,7 +132,7 @@ def _reinforce(rewards: dict[int, Tensor]) -> dict[int, Tensor]:
     returns = {}
     for i, row in rewards.items():
         steps = torch.arange(len(row))
-        powers = GAMMA ** (steps[None, :] - steps[:, None]).clamp(min=0).double()
+        powers = GAMMA ** (steps[None, :] - steps[:, None]).clamp(min=0).to(row.dtype)
         returns[i] = (powers * (steps[None, :] >= steps[:, None]) * row).sum(1)
     everything = torch.cat(list(returns.values()))
     scale = (everything.var() + 1e-8).sqrt()
@@ -108,7 +140,7 @@ def _reinforce(rewards: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 def _penalised(
-    case: GradientCase, policy: Any, models: dict[str, Any], rollouts: list[dict[str, Tensor]]
+    case: GradientCase, policy: Plain, models: dict[str, Plain], rollouts: list[dict[str, Tensor]]
 ) -> dict[int, dict[str, Tensor]]:
     """The rollouts as samples whose advantages come from rewards with the KL taken off, token by token."""
     estimator, kind = case.spread
@@ -117,23 +149,21 @@ def _penalised(
         if raw["reward"].isnan():
             del samples[i]
             continue
-        with torch.no_grad():
-            old = logprobs(models["start"] if case.old else policy, raw)
-            ref = logprobs(models["reference"], raw)
-        rewards[i] = -KL_COEF * _PENALTIES[kind](old - ref)
-        rewards[i][-1] += raw["reward"].double()
+        old = (models["start"] if case.old else policy).logprobs(raw).detach()
+        rewards[i] = -KL_COEF * _ESTIMATES[kind](old - models["reference"].logprobs(raw).detach())
+        rewards[i][-1] += raw["reward"]
         samples[i] = {**raw, "old": torch.zeros(len(raw["token_ids"]), dtype=torch.float64)}
-        samples[i]["old"][raw["response_mask"]] = old
+        samples[i]["old"][raw["response_mask"]] = old.double()
     for i, values in (_grpo if estimator == "grpo" else _reinforce)(rewards).items():
         samples[i]["advantages"] = torch.zeros_like(samples[i]["old"])
-        samples[i]["advantages"][samples[i]["response_mask"]] = values
+        samples[i]["advantages"][samples[i]["response_mask"]] = values.double()
         if i == TRUNCATED:
             samples[i]["response_mask"] = torch.zeros_like(samples[i]["response_mask"])
     return samples
 
 
 def round_gradients(
-    case: GradientCase, policy: Any, models: dict[str, Any], rollouts: list[dict[str, Tensor]]
+    case: GradientCase, policy: Plain, models: dict[str, Plain], rollouts: list[dict[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
     """With the KL in the reward: the gradient of each optimizer step of a round, two groups a step or all in one."""
     samples = _penalised(case, policy, models, rollouts)
@@ -141,10 +171,36 @@ def round_gradients(
     return [gradient(case, policy, [raw for i, raw in samples.items() if GROUPS[i] in groups]) for groups in steps]
 
 
-def gradient(case: GradientCase, model: Any, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def gradient(case: GradientCase, plain: Plain, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The gradient of the loss by parameter name; a tied weight once."""
-    names, params = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss(case, model, samples), params), strict=True))
+    names, params = zip(*plain.model.named_parameters(), strict=True)
+    value = loss(case, plain.logprobs, samples)
+    return dict(zip(names, torch.autograd.grad(value, params, retain_graph=True), strict=True))
+
+
+class Truth:
+    """The gradients of the optimizer steps of any case, in one dtype."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        names = ("untied", "tied", "start", "reference")
+        self._models = {name: Plain(read_model(folder / name, dtype)) for name in names}
+        self._samples, self._rollouts = read_samples(folder), read_rollouts(folder)
+        self._known: dict[Any, list[dict[str, Tensor]]] = {}
+
+    def __call__(self, case: GradientCase) -> list[dict[str, Tensor]]:
+        if case.truth not in self._known:
+            model = self._models[case.model]
+            if case.kl == "reward":
+                found = round_gradients(case, model, self._models, self._rollouts)
+            else:
+                found = [gradient(case, model, self._samples[:FEW] if case.few else self._samples)]
+            self._known[case.truth] = found
+        return self._known[case.truth]
+
+
+def error_of(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> float:
+    """The largest relative error of an optimizer step."""
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def relative_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_grad
 from torch import Tensor
 
 from grpo_ds.actor import backend
@@ -71,15 +72,20 @@ def make_scorer(folder: Path, ranks: Ranks, model: str, config: str) -> Scorer:
 
 def actor_of(case: GradientCase) -> ActorConfig:
     """The recipe's section `actor`."""
-    actor = replace(STILL, loss_agg_mode=case.mode, kl_loss_coef=KL_COEF if case.kl else 0.0)  # type: ignore[arg-type]
-    return replace(actor, kl_placement="reward", kl_loss_type=case.spread[1]) if case.kl == "reward" else actor
+    actor = replace(STILL, loss_agg_mode=case.mode)  # type: ignore[arg-type]
+    if not case.kl:
+        return replace(actor, kl_loss_coef=0.0)
+    return replace(actor, kl_loss_coef=KL_COEF, kl_placement=case.kl, kl_loss_type=case.spread[1])
+
+
+_policy_loss = cache(get_policy_loss)  # reading a plugin's documentation takes longer than a small batch
 
 
 def make_objective(case: GradientCase) -> Objective:
     known = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
     options = known if case.loss in ("vanilla", "gspo", "cispo", "gmpo") else {}
     level, mode = case.importance
-    return Objective(get_policy_loss(case.loss, **options), actor_of(case), ImportanceConfig(level=level, mode=mode))  # type: ignore[arg-type]
+    return Objective(_policy_loss(case.loss, **options), actor_of(case), ImportanceConfig(level=level, mode=mode))  # type: ignore[arg-type]
 
 
 def per_token(raw: Raw, micro: Sequence[int], name: str) -> Tensor:
@@ -103,10 +109,32 @@ def make_plan(
     )
 
 
+def reordered(plan: UpdatePlan, seed: int) -> UpdatePlan:
+    """The same micro-batches on other ranks and in another order, and the samples of each in another order.
+
+    The plan alone sorts by length, so an order of the samples it is made from is hardly seen in it.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def shuffled(items: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(items[k] for k in torch.randperm(len(items), generator=random).tolist())
+
+    micros = shuffled([shuffled(micro) for rank in plan.micro_batches for micro in rank])
+    each = len(plan.micro_batches[0])
+    return replace(plan, micro_batches=tuple(micros[k : k + each] for k in range(0, len(micros), each)))
+
+
 def gradient_of(policy: Policy) -> dict[str, Tensor]:
-    """The accumulated gradient, whole, on every rank."""
-    named = policy.engine.module.named_parameters()
-    return {name.removeprefix(PREFIX): safe_get_full_grad(p).detach().cpu().clone() for name, p in named}
+    """The accumulated gradient under ZeRO-3, whole, on every rank; one collective, not one a parameter."""
+    named = [(name.removeprefix(PREFIX), p) for name, p in policy.engine.module.named_parameters()]
+    shards = [safe_get_local_grad(p).flatten().cpu() for _, p in named]
+    ranks = torch.empty(policy.world * sum(shard.numel() for shard in shards))
+    deepspeed.comm.all_gather_into_tensor(ranks, torch.cat(shards))
+    columns = ranks.view(policy.world, -1).split([shard.numel() for shard in shards], dim=1)
+    return {
+        name: column.flatten()[: p.ds_numel].view(p.ds_shape).clone()
+        for (name, p), column in zip(named, columns, strict=True)
+    }
 
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:

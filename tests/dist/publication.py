@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
@@ -92,10 +93,11 @@ def sync(folder: Path, ranks: Ranks) -> dict[str, Any]:
         receiver = Receiver() if ranks.leads_node else None
         settings = SyncConfig(bucket_mb=bucket_mb, verify="full", timeout_s=120)
         publisher = WeightPublisher(policy.engine.module, ranks, receiver, settings, transport)  # type: ignore[arg-type]
-        publisher.publish(1)
-        first = receiver.tensors if receiver else {}
-        run_round(policy, ranks, raw)
-        publisher.publish(2)
+        with patch.object(ranks, "column_gather", wraps=ranks.column_gather) as column_gather:
+            publisher.publish(1)
+            first = receiver.tensors if receiver else {}
+            run_round(policy, ranks, raw)
+            publisher.publish(2)
         publisher.close()
         held = gathered(policy)
         name = f"{model}/{config}/{dtype}"
@@ -105,6 +107,7 @@ def sync(folder: Path, ranks: Ranks) -> dict[str, Any]:
             "names": list(receiver.names) if receiver else [],
             "calls": receiver.calls if receiver else [],
             "buckets": receiver.buckets if receiver else 0,
+            "exchanges a bucket": column_gather.call_count / (2 * len(publisher.buckets)),
             "held": held,
         }
     results["broken engine"] = _broken_engine(policy, ranks)

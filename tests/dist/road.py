@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_ds import balance, loop
 from grpo_ds.actor.policy import Policy, Scorer
-from grpo_ds.batching import MicroBatch, UpdatePlan
+from grpo_ds.batching import MicroBatch, UpdatePlan, plan_updates
 from grpo_ds.clock import Clock
 from grpo_ds.collect import Collection
 from grpo_ds.config import DataConfig, ModelConfig, Recipe, RewardConfig, RolloutConfig, TrainConfig
@@ -29,7 +29,7 @@ from grpo_ds.samples import AdvantageStage
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 from tests.dist import cases
 from tests.dist.cases import GROUPS, KL_COEF, MAX_RESPONSE_TOKENS, PROMPT_TOKENS, GradientCase
-from tests.dist.parts import Raw, actor_of, gradient_of, make_objective
+from tests.dist.parts import Raw, actor_of, gradient_of, make_objective, reordered
 
 
 class Remembered:
@@ -95,9 +95,10 @@ def round_gradients(
     parts = _parts(case, actor, frozen.reference, ranks)
     groups = _groups(case, ranks, raw)
     collection = Collection(groups, sorted(set(GROUPS)), {}, groups)
-    with _mistake(case.mistake, ranks):
-        samples = loop.advantages(recipe, parts, collection, Clock())
-    work = balance.assign(recipe, ranks, parts.layout, collection.order, samples)
+    with _order(case.shuffle):
+        with _mistake(case.mistake, ranks):
+            samples = loop.advantages(recipe, parts, collection, Clock())
+        work = balance.assign(recipe, ranks, parts.layout, collection.order, samples)
     _, norms = loop.update(parts, work, 0, Clock())
     return actor.gradients, norms, work.plan
 
@@ -162,6 +163,17 @@ def _scored(raw: dict[str, Tensor], finish: Any) -> Scored:
     reward = None if raw["reward"].isnan() else float(raw["reward"])
     rollout = Rollout(tuple(tokens), tuple(logprobs), finish, (VersionSpan(0, 0, len(tokens)),), "")
     return Scored(rollout, reward, reward, {})
+
+
+@contextmanager
+def _order(seed: int) -> Iterator[None]:
+    """Has every plan handed out in another order."""
+
+    def plans(*sizes: Any, **how: Any) -> list[UpdatePlan]:
+        return [reordered(plan, seed) if seed else plan for plan in plan_updates(*sizes, **how)]
+
+    with patch.object(balance, "plan_updates", plans):
+        yield
 
 
 @contextmanager

@@ -47,13 +47,11 @@ def test_sum_and_max_are_in_float64(three: list[Any]) -> None:
         assert rank["max"].tolist() == [0.0]
 
 
-def test_on_one_node_a_rank_writes_its_own_shard_only(three: list[Any]) -> None:
-    for r, rank in enumerate(three):
-        ((owner, shard),) = rank["columns"]
-        assert (owner, shard.tolist()) == (r, [float(r)] * (2 if r == 2 else 3))
+def test_on_one_node_each_rank_is_a_column(three: list[Any]) -> None:
+    assert [rank["column"][0] for rank in three] == [[0], [1], [2]]
 
 
-def test_across_nodes_a_rank_gets_the_shards_of_its_column(nodes: list[Any]) -> None:
+def test_across_nodes_the_parts_of_a_column_arrive_at_their_places_and_nowhere_else(nodes: list[Any]) -> None:
     assert [rank["facts"] for rank in nodes] == [
         [0, 2, True, True],
         [0, 2, False, False],
@@ -61,11 +59,10 @@ def test_across_nodes_a_rank_gets_the_shards_of_its_column(nodes: list[Any]) -> 
         [1, 2, False, False],
     ]
     for r, rank in enumerate(nodes):
-        owners = [owner for owner, _ in rank["columns"]]
+        owners, rows = rank["column"]
         assert owners == [r % 2, 2 + r % 2]
-        for owner, shard in rank["columns"]:
-            assert shard[:2].tolist() == [float(owner)] * 2
-            assert shard.numel() == 3
+        for owner, row in zip(owners, rows, strict=True):
+            assert row.tolist() == [255, *[10 + owner] * 3, 255, *[20 + owner] * 5, 255, 255]
 
 
 def test_a_peer_that_does_not_come_is_an_error_that_names_the_operation_within_the_deadline(tmp_path: Path) -> None:

@@ -33,5 +33,13 @@ def test_what_arrives_in_the_group_is_the_policy_bit_for_bit(ranks: list[Any], v
         assert not same(result["second"], result["first"]), "the optimizer step must show in the second publication"
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4], indirect=True)
+def test_shards_cross_nodes_in_one_collective_a_bucket_and_within_a_node_in_none(ranks: list[Any]) -> None:
+    for rank in ranks:
+        found = {name: result["exchanges a bucket"] for name, result in rank["sync"].items() if "/" in name}
+        assert len(found) >= 3
+        assert set(found.values()) == {1 if len(ranks) == 4 else 0}, found
+
+
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from tests.dist.parts import (
     make_policy,
     make_scorer,
     per_token,
+    reordered,
     run_round,
     weights_of,
 )
@@ -65,14 +66,24 @@ def main(folder: Path) -> dict[str, Any]:
 # ---- gradients ----
 
 
-def gradients(folder: Path, ranks: Ranks) -> dict[str, Any]:
+def all_gradients(folder: Path) -> dict[str, Any]:
+    """A launch of its own for the whole product."""
+    ranks = Ranks(240.0)
+    backend.connect(ranks)
+    results = gradients(folder, ranks, cases.product_cases())
+    ranks.close()
+    return results
+
+
+def gradients(folder: Path, ranks: Ranks, wanted: Sequence[GradientCase] | None = None) -> dict[str, Any]:
     """{case: {"gradients": of each optimizer step, by parameter, on rank 0, "norms": ..., "micro_batches": sizes of
-    [step][rank][micro-batch]}}."""
+    [step][rank][micro-batch]}}, of the fast suite's cases unless others are named."""
     raw, rollouts = cases.read_samples(folder), cases.read_rollouts(folder)
     policies: dict[tuple[str, str], Policy] = {}
     frozen = Frozen(*(Remembered(make_scorer(folder, ranks, name, "partitioned")) for name in ("start", "reference")))
     results = {}
-    for case in cases.gradient_cases(ranks.world):
+    for case in wanted or cases.gradient_cases(ranks.world):
+        ranks.where = case.name
         key = (case.model, case.config)
         if key not in policies:
             policies[key] = make_policy(folder, ranks, STILL, model=case.model, config=case.config)
@@ -99,6 +110,8 @@ def _gradient(
     order = _order(case)
     raw = [raw[i] for i in order]
     (plan,) = make_plan(raw, [GROUPS[i] for i in order], ranks, case.budget, case.layout, len(GROUPS))
+    if case.shuffle:
+        plan = reordered(plan, case.shuffle)
     objective = make_objective(case)
     for micro in plan.micro_batches[ranks.rank]:
         batch = collate([cases.as_sample(raw[i], i) for i in micro], case.layout)  # type: ignore[arg-type]

@@ -104,6 +104,45 @@ def test_paused_requests_can_be_aborted(served: Bench) -> None:
     assert rollout.finish_reason == "length"
 
 
+def test_requests_made_while_paused_can_be_aborted(served: Bench) -> None:
+    """Nothing computes, so none of them can be answered but by the abort."""
+    engine = served.engine
+    engine.pause()
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            running = threads.submit(engine.generate, requests(4), SamplingSpec(n=2, max_tokens=50))
+            time.sleep(1)  # they have reached the server, though not surely: an abort is repeated
+            assert not running.done()
+            begun = time.monotonic()
+            engine.abort()
+            took = time.monotonic() - begun
+            answers = running.result(timeout=5)
+        finally:
+            engine.resume()
+    assert took < 20, "long before the abort's own deadline"
+    assert [(r.finish_reason, r.token_ids) for rollouts in answers for r in rollouts] == [("abort", ())] * 8
+    ((rollout,),) = engine.generate(requests(1), GREEDY)
+    assert rollout.finish_reason == "length" and len(rollout.token_ids) == 8
+
+
+def test_requests_made_while_paused_are_answered_after_it_under_the_new_policy(served: Bench, sender: Sender) -> None:
+    engine = served.engine
+    perturb(served.model, 33)
+    with ThreadPoolExecutor(1) as threads:
+        engine.pause()
+        try:
+            running = threads.submit(engine.generate, requests(4), SamplingSpec(n=2, max_tokens=20))
+            time.sleep(1)
+            publish(served, sender, 33)
+        finally:
+            engine.resume()
+        answers = running.result(timeout=60)
+    for request, rollouts in zip(requests(4), answers, strict=True):
+        for rollout in rollouts:
+            assert [span.version for span in rollout.spans] == [33]
+            assert_logprobs_match(served, request, rollout, 1.0)
+
+
 def test_requests_in_flight_go_on_under_the_new_policy(served: Bench, sender: Sender) -> None:
     engine = served.engine
     asked, spec = requests(8, seed=500), SamplingSpec(n=1, max_tokens=200, temperature=0.0)

@@ -1,7 +1,7 @@
 """A SLURM of its own: one slurmctld and two slurmd on this machine, as the user who runs the tests.
 
 All state lies in one folder, ports are free ones, job numbers are those of no other cluster here (jobs derive ports from
-them), and the daemons are children of the test that ends them by pid.
+them). Each daemon runs under a guard, which ends it and all that it started for jobs when the test ends, however it ends.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ class Cluster:
         self._daemon(name, [_binary("slurmd"), "-D", "-N", name])
 
     def _daemon(self, name: str, command: list[str]) -> None:
-        with open(self.folder / f"{name}.out", "ab") as out:
-            self.daemons[name] = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-            )
+        guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(self.folder / f"{name}.out"), "--"]
+        self.daemons[name] = subprocess.Popen(
+            [*guard, *command], cwd=ROOT, env=self.env, stdin=subprocess.PIPE, start_new_session=True
+        )
 
     def wait_idle(self) -> None:
         """Both nodes are ready for jobs."""
@@ -151,15 +151,15 @@ class Cluster:
                 daemon.terminate()
             for daemon in self.daemons.values():
                 try:
-                    daemon.wait(timeout=15)
+                    daemon.communicate(timeout=15)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
-                    daemon.wait()
+                    daemon.communicate()
             for process in self.processes():
                 process.kill()
 
     def lose_node(self, name: str) -> list[psutil.Process]:
-        """Kills the node's slurmd and everything that runs on it, as a power cut does."""
+        """Kills the node's slurmd (with its guard) and everything that runs on it, as a power cut does."""
         victims = [p for p in self.processes() if variable(p, "SLURMD_NODENAME") == name]
         steps = [p for p in psutil.process_iter() if self._is_step_daemon(p, name)]
         daemon = self.daemons.pop(name)
@@ -168,7 +168,7 @@ class Cluster:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue  # it ended with the one before
-        daemon.wait()
+        daemon.communicate()
         return victims
 
     def _is_step_daemon(self, process: psutil.Process, name: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from grpo_ds.engine.guard import die_with_parent
 from tests.slurm.cluster import ROOT, wait_for
 
 BIN = Path(sys.executable).parent
@@ -32,8 +35,10 @@ def ip(*words: str) -> None:
 
 @contextmanager
 def two_namespaces() -> Iterator[list[str]]:
-    """Names of two namespaces, whose WIRE has ADDRESSES."""
-    names = [f"grpo{os.getpid()}a", f"grpo{os.getpid()}b"]
+    """Names of two namespaces, whose WIRE has ADDRESSES; those of a run that was killed are removed first."""
+    for name in abandoned():
+        _delete(name)
+    names = [f"grpo-{os.getpid()}-{_started(os.getpid())}-{k}" for k in range(2)]
     try:
         for name in names:
             ip("netns", "add", name)
@@ -45,7 +50,33 @@ def two_namespaces() -> Iterator[list[str]]:
         yield names
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
+            _delete(name)
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks; with its pid this names it. Empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def abandoned() -> list[str]:
+    """The namespaces whose maker is gone."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30, check=True).stdout
+    found = re.finditer(r"^grpo-(\d+)-(\d+)-\d\b", listed, re.MULTILINE)
+    return [match[0] for match in found if _started(int(match[1])) != match[2]]
+
+
+def _delete(name: str) -> None:
+    """Ends what still runs in the namespace, then removes it, if it is there."""
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30, check=False)
+    for pid in listed.stdout.split():
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it ended by itself in the meantime
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
 
 
 def inside(namespace: str, *command: str, setup: str = "") -> list[str]:
@@ -73,7 +104,14 @@ def together(commands: Sequence[Sequence[str]], cwd: Path, environments: Sequenc
         outputs = [files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in commands]
         started = [
             subprocess.Popen(
-                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
             for command, env, out in zip(commands, environments, outputs, strict=True)
         ]
@@ -129,7 +167,11 @@ def ssh_servers(namespaces: Sequence[str], folder: Path) -> Iterator[dict[str, s
         for namespace, address, log in zip(namespaces, ADDRESSES, logs, strict=True):
             command = inside(namespace, *server, "-p", f"{address}:22", "-P", f"{log}.pid", setup=setup)
             with open(log, "wb") as out:
-                daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
+                daemons.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=die_with_parent
+                    )
+                )
         wait_for("both ssh servers listen", lambda: all("Not backgrounding" in log.read_text() for log in logs), 30)
         trust = f"-i {user} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         yield {"PDSH_SSH_ARGS_APPEND": trust}

@@ -15,6 +15,7 @@ from tests.slurm.namespaces import (
     ADDRESSES,
     BIN,
     PORT,
+    TOGETHER_S,
     WIRE,
     environment,
     hostfile,
@@ -86,7 +87,9 @@ def test_deepspeed_reaches_the_other_node_by_ssh(
 MEET = """
 import subprocess, sys, time
 started = time.monotonic()
+from grpo_ds import peers
 from grpo_ds.dist import DistError, Ranks
+peers.SILENCE_S = float(sys.argv[3])
 ranks = Ranks(float(sys.argv[1]))
 try:
     ranks.connect("gloo")
@@ -104,8 +107,14 @@ print(f"{time.monotonic() - started:.1f}")
 """A rank that meets the others, then waits for them again and again; the second one's node loses its network."""
 
 
-def meet(nodes: Sequence[str], folder: Path, timeout_s: float, environments: Sequence[dict[str, str]]) -> list[str]:
-    commands = [inside(node, sys.executable, "-c", MEET, str(timeout_s), WIRE) for node in nodes]
+def meet(
+    nodes: Sequence[str],
+    folder: Path,
+    timeout_s: float,
+    environments: Sequence[dict[str, str]],
+    silence_s: float = peers.SILENCE_S,
+) -> list[str]:
+    commands = [inside(node, sys.executable, "-c", MEET, str(timeout_s), WIRE, str(silence_s)) for node in nodes]
     return together(commands, folder, environments)
 
 
@@ -135,3 +144,15 @@ def test_a_node_that_falls_silent_is_named_within_the_deadline(nodes: list[str],
         ), screen
         assert f"no answer from rank {other} on host-{other}" in said, screen
         assert float(waited) < timeout_s + peers.PATIENCE_S + 5.0
+
+
+def test_a_node_that_falls_silent_is_named_long_before_the_deadline(nodes: list[str], tmp_path: Path) -> None:
+    """The deadline of a collective is an hour in a recipe; the kernels' probes are the ones that notice."""
+    environments = [rank(k, SLURMD_NODENAME=f"host-{k}") for k in range(2)]
+    screens = meet(nodes, tmp_path, 10 * TOGETHER_S, environments, silence_s=8.0)
+    for number, screen in enumerate(screens):
+        other = 1 - number
+        assert (
+            f"grpo_ds: stopped: PeerError: rank {number}: a node said nothing for 8 s, at round 7; "
+            f"no answer from rank {other} on host-{other}" in screen
+        ), screen

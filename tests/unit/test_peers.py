@@ -6,11 +6,12 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from grpo_ds import peers
-from grpo_ds.peers import Peer, describe, listen, silent
+from grpo_ds.peers import Peer, Watch, describe, listen, silent
 
 # A rank that lives and never comes to accept anything.
 BUSY = """
@@ -35,6 +36,21 @@ def test_a_busy_rank_answers_until_it_is_killed() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_end_of_a_watched_rank_is_no_silence() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True)
+    called: list[float] = []
+    try:
+        assert process.stdout is not None
+        watch = Watch(Peer(**json.loads(process.stdout.readline())), called.append)
+        (thread,) = [t for t in threading.enumerate() if t.name == "node-watch"]
+    finally:
+        process.kill()
+        process.wait()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and called == []
+    watch.close()
 
 
 def test_a_machine_that_says_nothing_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

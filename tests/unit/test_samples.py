@@ -176,8 +176,10 @@ def test_readable_records_are_flat_one_a_response() -> None:
     assert rows[2]["score"] is None
 
 
-def test_the_version_of_a_group_is_its_oldest() -> None:
-    assert (GROUP.members[0].rollout.version, GROUP.version) == (4, 4)
+def test_the_versions_of_a_group_are_those_of_its_tokens() -> None:
+    assert GROUP.versions == {4, 5}
+    # The third member is one token, whose first span is empty.
+    assert replace(GROUP, members=GROUP.members[2:]).versions == {5}
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
