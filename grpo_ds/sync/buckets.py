@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from grpo_ds.shards import Shard
@@ -26,6 +26,19 @@ class Bucket:
 
     items: tuple[Placed, ...]
     nbytes: int
+
+    def pieces(self, nodes: int, limit: int) -> Iterator[list[Placed]]:
+        """The items in their order, together while at most `limit` bytes of them arrive at a rank from `nodes`."""
+        piece: list[Placed] = []
+        filled = 0
+        for item in self.items:
+            arriving = item.shard.length * item.shard.dtype.itemsize * nodes
+            if piece and filled + arriving > limit:
+                yield piece
+                piece, filled = [], 0
+            piece.append(item)
+            filled += arriving
+        yield piece
 
 
 def _module_of(name: str) -> str:

@@ -94,6 +94,16 @@ def test_parts_of_one_module_stay_together_even_above_the_limit() -> None:
     assert together.nbytes > 64
 
 
+def test_a_bucket_arrives_in_pieces_below_the_limit_or_a_tensor_alone() -> None:
+    # 4 ranks, 2 nodes: of 40, 8, 16, 4, 4, 4 float32 a rank has 10, 2, 4, 1, 1, 1, and two ranks' arrive.
+    names = ["a.x.w", "a.y.w", "a.z.w", "a.u.w", "a.v.w", "a.t.w"]
+    shards = [shard(name, n, 4) for name, n in zip(names, (40, 8, 16, 4, 4, 4), strict=True)]
+    (bucket,) = make_buckets(shards, 4, 2**20)
+    pieces = list(bucket.pieces(2, 48))
+    assert [[item.shard.length * 8 for item in piece] for piece in pieces] == [[80], [16, 32], [8, 8, 8]]
+    assert [item for piece in pieces for item in piece] == list(bucket.items)
+
+
 def test_a_segment_is_shared_with_whoever_opens_its_path_and_has_no_name_on_disk() -> None:
     segment = Segment.create(256)
     assert segment.where.startswith(f"/proc/{os.getpid()}/fd/")
