@@ -78,25 +78,25 @@ run_pytest() { python -m pytest -q -m "$marks" "$@"; }
 
 # Two halves side by side: most of an engine's or a rank's start is one thread importing, and SLURM waits a lot.
 case "${suites[*]}" in
-    fast) all=tests half=tests/e2e ;;
-    slurm) all=tests/slurm half=tests/slurm/test_jobs.py ;;
-    *) all=tests half='' ;;
+    fast) all=tests half=(tests/e2e tests/dist) ;;
+    slurm) all=tests/slurm half=(tests/slurm/test_jobs.py) ;;
+    *) all=tests half=() ;;
 esac
-if [ -z "$half" ] || [ $# -gt 0 ]; then
+if [ ${#half[@]} = 0 ] || [ $# -gt 0 ]; then
     echo "test: pytest -m '$marks'"
     run_pytest "$all" "$@"
     exit
 fi
 everything_else() {
-    run_pytest "$all" --ignore="$half" || return
+    run_pytest "$all" "${half[@]/#/--ignore=}" || return
     # The examples in the docstrings of the pure modules are tests too.
     [ "$all" != tests ] || python -m pytest -q --doctest-modules grpo_ds/estimators grpo_ds/losses grpo_ds/filters
 }
-echo "test: pytest, in two halves: $half, and everything else (its output comes second)"
+echo "test: pytest, in two halves: ${half[*]}, and everything else (its output comes second)"
 log=$(mktemp)
 everything_else >"$log" 2>&1 &
 other=$! code=0
-run_pytest "$half" || code=$?
+run_pytest "${half[@]}" || code=$?
 wait "$other" || code=$?
 cat "$log"
 rm -f "$log"
