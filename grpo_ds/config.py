@@ -288,7 +288,8 @@ class SyncConfig:
     """How weights reach the engine: through memory of this node (shared_memory), GPU memory (ipc, CUDA's handles), or a
     process group (group: engines elsewhere); auto: what suits the place of the engine, said at the start."""
     bucket_mb: int = 512
-    """Size of one of the two transfer buffers, in MiB."""
+    """Size of one of the two transfer buffers of a node, in MiB; a larger module makes both as large as itself (the
+    embedding of Llama 70B: 2004)."""
     timeout_s: float = 600.0
     """Deadline of one weight update once the engine has paused, in seconds."""
     verify: Literal["off", "sampled", "full"] = "sampled"

@@ -4,18 +4,20 @@
 
 On a node every rank copies its own ZeRO shards to their place in shared memory, without a collective; no rank ever
 holds the model. Under the ZeRO stages whose ranks hold whole parameters each copies its share of them. Across nodes
-each rank fetches the shards that its peers of the same local rank hold, 16 MiB in one all-gather whatever the dtypes.
+each rank fetches the shards that its peers of the same local rank hold, some 16 MiB in one all-gather whatever the dtypes.
 The memory has two halves: ranks exchange and fill one while the engine gets the other, which it maps (`segment`) or is
 sent (`group`).
 
 With sync.verify the lead sends checksums along, and an engine that reads other bytes than were written refuses them:
 a wrong offset, a mapping of another file, a half overwritten too early.
 
-Bytes, 70B bf16 (140 GB), 64 nodes x 8 ranks, buckets of 512 MiB: a rank writes 140/8 = 17.5 GB a node into host memory,
-of which 17.2 GB arrive over the network in some 1,040 all-gathers of 64 ranks, each rank sending 256 KiB in each; the
-engine of a node reads 140 GB; nothing passes a single rank. Extra memory: two buckets a node, shared by its ranks. Across
-nodes also, in each rank, what gloo receives and sends at once: 16 MiB, or 1/8 of a tensor larger than 128 MiB. Engines on
-other nodes: see `group`.
+Bytes, Llama 70B bf16 (141 GB), 64 nodes x 8 ranks, sync.bucket_mb 512: a rank writes 141/8 = 17.6 GB a node into host
+memory, of which 17.4 GB arrive over the network in 562 all-gathers of 64 ranks: an MLP matrix (470 MB) has one to itself,
+in which each rank sends 0.9 MB and gets 58.7 MB; the engine of a node reads 141 GB; nothing passes a single rank. Both
+halves are as large as the largest bucket, and a module larger than sync.bucket_mb is one: the MLPs are 1.4 GB, embedding
+and head 2.1 GB each, so the node's ranks share 2 x 2.1 GB. (Engines load whole tensors, so none is split.) Across nodes
+also, in each rank, what gloo receives and sends at once: 16 MiB, or 1/8 of a tensor larger than 128 MiB: 263 MB. Engines
+on other nodes: see `group`.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from grpo_ds.sync.transport import Kind
 VERIFY_EVERY = 16
 """With sync.verify sampled, versions between two checksums of the same tensor."""
 _PIECE = 16 * 2**20
-"""Bytes that arrive in one all-gather across nodes: memory that malloc keeps is faster than the kernel's fresh pages."""
+"""Bytes that arrive in one all-gather across nodes, unless a tensor is larger: memory that malloc keeps is faster than the kernel's fresh pages."""
 _PATIENCE = 0.9
 """Part of train.collective_timeout_s that an engine may take to pause: the other ranks wait that long for its lead."""
 

@@ -1,4 +1,4 @@
-"""Reads weight buckets where the trainer put them. Imports little beside torch: it also runs in engines.
+"""Reads weight buckets where the trainer put them. Imports torch and nothing of ours: it also runs in engines.
 
 A bucket is a JSON manifest:
 
@@ -16,6 +16,7 @@ import base64
 import math
 import mmap
 import os
+import socket
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,8 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from grpo_ds.peers import address_towards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -229,7 +228,9 @@ class Membership:
             store = dist.PrefixStore(self.id, self._store)
             rank = store.add("members", 1)
             if rank < world:
-                address = address_towards(invitation["address"])
+                # Under which the trainer reaches this machine; not every address of it need be on the way there.
+                with socket.create_connection((invitation["address"], invitation["port"]), self._timeout_s) as probe:
+                    address = probe.getsockname()[0]
                 self._group = join_group(store, rank, world, invitation["backend"], address, self._timeout_s)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:300]
@@ -267,12 +268,16 @@ class NameLedger:
             raise ValueError("a weight update must list the names of the tensors it will carry")
         self._expected = frozenset(expected)
         self._missing = set(expected)
+        self._offered: set[str] = set()
 
     def check(self, names: Iterable[str]) -> None:
-        """Raises ValueError for a name that was not announced."""
+        """Raises ValueError for a name that was not announced, or that came before: engines count what they load."""
         for name in names:
             if name not in self._expected:
                 raise ValueError(f"tensor {name} is not in the list of names this weight update was opened with")
+            if name in self._offered:
+                raise ValueError(f"tensor {name} was sent twice in one weight update: begin another one")
+            self._offered.add(name)
 
     def arrived(self, names: Iterable[str]) -> None:
         """Note that the tensors were loaded."""

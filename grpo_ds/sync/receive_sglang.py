@@ -41,6 +41,9 @@ class Receiver:
             self._ledger.check(names)
             # SGLang copies each tensor into its parameter before the next: views are enough.
             model.load_weights(self._reader.tensors(message["bucket"]))  # type: ignore[operator]
+            if next(model.parameters()).device.type != "cpu":
+                # Copies from the trainer's memory may still be queued, and the answer lets it write the next bucket there.
+                torch.accelerator.synchronize()
             self._ledger.arrived(names)
         elif step == "finish":
             self._ledger.require_complete()

@@ -7,6 +7,7 @@ its transfer engine. Only vLLM's processes may import it; neither DeepSpeed nor 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,13 +23,23 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS, get_numel_loaded
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from grpo_ds.sync.receive import BucketReader, NameLedger
+
+Place = tuple[nn.Module, str]
+"""A layer, and the name of one of its parameters."""
 
 BACKEND = "grpo_ds"
 _ERROR_BYTES = 1000
@@ -67,6 +78,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._ledger: NameLedger | None = None
         self._layers_open = False
         self._layers: list[LayerReloadingInfo] = []
+        self._tied: list[list[Place]] = []
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._ledger = NameLedger(init_info.names)
@@ -118,6 +130,7 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             # The last update failed half-way. Its remains are closed, so that what the layers still hold of it cannot
             # be counted as part of the new update, which replaces every tensor.
             finalize_layerwise_reload(self.model, self.model_config)
+        self._tied = _tied(self.model)  # during a reload each layer has tensors of its own
         initialize_layerwise_reload(self.model)
         self._layers_open = True
         self._layers = [get_layerwise_info(module) for module in self.model.modules()]
@@ -153,12 +166,13 @@ class BucketEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         assert self._ledger is not None, "init_weight_transfer_engine comes before the first update"
         # Before anything is closed: after this error the missing tensors can still be sent.
         self._ledger.require_complete()
-        # On CPU a head computes with a repacked copy. A tied head is never sent, so it still has the old one.
-        tied = [module for module in self.model.modules() if _is_head(module) and get_layerwise_info(module).can_load()]
+        _require_whole(self.model, self._tied)
         finalize_layerwise_reload(self.model, self.model_config)
         self._layers_open = False
-        for head in tied:
-            _repack(head, self.model)
+        # On CPU a head computes with a repacked copy. A tied head is never sent, so it still has the old one.
+        for module in [module for places in self._tied for module, _ in places]:
+            if _is_head(module):
+                _repack(module, self.model)
 
     def shutdown(self) -> None:
         self._reader.close()
@@ -172,6 +186,57 @@ def _errors_of_all(error: Exception | None, workers: GroupCoordinator) -> str:
     dist.all_gather(rows, mine, group=workers.cpu_group)
     found = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
     return "; ".join(dict.fromkeys(filter(None, found)))
+
+
+def _tied(model: nn.Module) -> list[list[Place]]:
+    """Parameters that several layers share, each with all its places."""
+    places: dict[int, list[Place]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, name))
+    return [several for several in places.values() if len(several) > 1]
+
+
+def _require_whole(model: nn.Module, tied: list[list[Place]]) -> None:
+    """Raises ValueError for parameters that the open update did not fill.
+
+    vLLM would keep the old tensor of a layer that nothing reached, and take what happens to be in memory for the rest
+    of one that was partly reached (q of qkv). It is enough that a shared parameter was filled in one place.
+    """
+    lacking = {
+        (module, name): f"{path}.{name} ({loaded} of {wanted} elements)"
+        for path, module in model.named_modules()
+        for name, loaded, wanted in _unfilled(module)
+    }
+    for places in tied:
+        if any(place not in lacking for place in places):
+            for place in places:
+                lacking.pop(place, None)
+    if lacking:
+        some = ", ".join(sorted(lacking.values())[:5])
+        raise ValueError(
+            f"{len(lacking)} parameters of the engine's model were not, or only partly, reached by the weight update, "
+            f"among them {some}"
+        )
+
+
+def _unfilled(layer: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """(name, loaded, wanted) in elements for a layer's parameters of which something is missing in the open update."""
+    info = get_layerwise_info(layer)
+    # A layer that got everything was processed at once and is closed. Attention layers hold scales of the KV cache, which
+    # come with a checkpoint only if it is quantized.
+    if not info.can_load() or is_deferred_attention_layer(layer):
+        return
+    loaded: Counter[str] = Counter()
+    for name, call in info.loaded_weights:
+        loaded[name] += get_numel_loaded(_get_original_loader(getattr(layer, name)), call)[0]
+    for name, parameter in layer.named_parameters(recurse=False):
+        wanted = get_tensor_load_numel(parameter)
+        if isinstance(layer, VocabParallelEmbedding):  # whose last rows may be padding
+            wanted = wanted // parameter.shape[0] * layer.shard_indices.num_org_elements
+        # What vLLM never counts are tables of which expert is where, and buffers of the trainer.
+        if loaded[name] < wanted and name not in SKIP_LOAD_TENSORS:
+            yield name, loaded[name], wanted
 
 
 def _repack(head: ParallelLMHead, model: nn.Module) -> None:

@@ -45,17 +45,27 @@ def choose_transport(sync: SyncConfig, engine: EngineConfig, device: str) -> Tra
         if wish not in ("auto", "group"):
             raise _refused(wish, f"the server {far[0]} of engine.urls is on another machine", "group or auto")
         return Transport("group", f"{far[0]} is on another machine")
+    shared = shares_devices(engine, device)
     if wish == "auto":
-        if device == "cuda" and not engine.urls:
+        if shared and engine.replicas == 1:
             return Transport("ipc", "the engine shares this node's GPUs")
-        return Transport("shared_memory", "the engine is on this node")
+        each = ", and each of its servers sees GPUs of its own" if shared else ""
+        return Transport("shared_memory", f"the engine is on this node{each}")
     if wish == "ipc" and device != "cuda":
         raise _refused(wish, f"the weights of this run are on {device}, not on a GPU", "shared_memory or auto")
-    if wish == "group" and device == "cuda" and not engine.urls:
+    if wish == "ipc" and engine.replicas > 1:
+        fact = f"each of engine.replicas {engine.replicas} servers sees GPUs of its own, and the memory lies on one"
+        raise _refused(wish, fact, "shared_memory or auto")
+    if wish == "group" and shared:
         raise _refused(
             wish, "the engine that the run starts shares its lead's GPU, which NCCL cannot connect to itself", "auto"
         )
     return Transport(wish, "sync.transport says so")
+
+
+def shares_devices(engine: EngineConfig, device: str) -> bool:
+    """Whether the run starts an engine of its own on the accelerators that its ranks compute on."""
+    return device != "cpu" and engine.kind != "hf" and not engine.urls
 
 
 def _refused(wish: str, fact: str, instead: str) -> RecipeError:

@@ -174,3 +174,25 @@ def test_a_tensor_of_the_wrong_name_or_shape_is_refused(case: Case) -> None:
         bench.engine.update_bucket(sender.pack([(name, tensor[:-1])]), sender.carrier)
     publish(bench, sender, 6)
     assert_engine_is_policy(bench, 6)
+
+
+FUSED = "model.layers.1.self_attn.v_proj.weight"
+"""Both servers hold it in one matrix with q and k."""
+ALONE = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("lacking", [FUSED, ALONE])
+def test_a_tensor_of_the_engine_that_no_update_announced_is_missed_by_the_engine_itself(
+    case: Case, lacking: str
+) -> None:
+    """The trainer's model lacks what the engine's has: all that was announced arrives, and still it is refused."""
+    bench, sender = case
+    perturb(bench.model, 7)
+    named = [(name, tensor) for name, tensor in bench.model.named_parameters() if name != lacking]
+    bench.engine.pause()
+    with pytest.raises(EngineError, match=r"layers\.[01]\.(self_attn\.(qkv|v)_proj|mlp\.down_proj)\.weight"):
+        bench.engine.begin_update([name for name, _ in named])
+        bench.engine.update_bucket(sender.pack(named), sender.carrier)
+        bench.engine.finish_update(7)
+    publish(bench, sender, 7)
+    assert_engine_is_policy(bench, 7)

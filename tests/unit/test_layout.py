@@ -166,6 +166,15 @@ def test_a_stage_does_not_import_its_neighbour_or_the_loop(stage: str) -> None:
         assert not strange, f"{name_of(path)} imports {strange}"
 
 
+@pytest.mark.parametrize("name", ["receive.py", "receive_vllm.py", "receive_sglang.py"])
+def test_what_runs_in_an_engines_processes_knows_one_leaf_file_of_ours(name: str) -> None:
+    """The engine's environment may hold nothing that the rest of grpo_ds needs; the leaf itself imports none of ours."""
+    ours = {module for module in imports(ROOT / "grpo_ds" / "sync" / name) if within(module, "grpo_ds")}
+    leaf = "grpo_ds.sync.receive"
+    assert all(within(module, leaf) for module in ours), ours
+    assert bool(ours) == (name != "receive.py")
+
+
 def test_nobody_imports_the_entry_points() -> None:
     entries = ("grpo_ds.train", "grpo_ds.cli")
     users = [

@@ -104,6 +104,38 @@ def test_a_bucket_arrives_in_pieces_below_the_limit_or_a_tensor_alone() -> None:
     assert [item for piece in pieces for item in piece] == list(bucket.items)
 
 
+def llama_70b(world: int) -> list[Shard]:
+    """Shapes only: 80 layers, width 8192, MLP 28672, 8 heads of keys and values, an untied vocabulary of 128256."""
+    layer = {
+        **{f"self_attn.{name}_proj": (rows, 8192) for name, rows in zip("qkvo", (8192, 1024, 1024, 8192), strict=True)},
+        **{"mlp.gate_proj": (28672, 8192), "mlp.up_proj": (28672, 8192), "mlp.down_proj": (8192, 28672)},
+        **{"input_layernorm": (8192,), "post_attention_layernorm": (8192,)},
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (128256, 8192)}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(80) for name, shape in layer.items()}
+    shapes |= {"model.norm": (8192,), "lm_head": (128256, 8192)}
+    shards = []
+    for name, shape in shapes.items():
+        param = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        shards.append(Shard(f"{name}.weight", param, shape, param.dtype, param.numel(), -(-param.numel() // world)))
+    return shards
+
+
+def test_the_bytes_of_a_70b_model_on_64_nodes_are_those_that_publish_states() -> None:
+    """By hand: 128256 x 8192 x 2 B = 2.10 GB is the largest module; a layer takes 3 + 1 + 3 all-gathers, 2 more each end.
+
+    In a layer norms, q, k with v, and o; then each matrix of the MLP, of which 470 MB / 8 arrive.
+    """
+    buckets = make_buckets(llama_70b(512), 512, 512 * 2**20)
+    assert max(bucket.nbytes for bucket in buckets) == 128256 * 8192 * 2
+    arriving = [
+        sum(item.shard.length * 2 * 64 for item in piece) for bucket in buckets for piece in bucket.pieces(64, 2**24)
+    ]
+    assert len(arriving) == 80 * 7 + 2 and sum(arriving) == 80 * 213_913_600 + 262_668_288 * 2 + 2048
+    assert max(arriving) == 128256 * 8192 * 2 // 8
+    assert sum(nbytes == 28672 * 8192 * 2 // 8 for nbytes in arriving) == 240
+
+
 def test_a_segment_is_shared_with_whoever_opens_its_path_and_has_no_name_on_disk() -> None:
     segment = Segment.create(256)
     assert segment.where.startswith(f"/proc/{os.getpid()}/fd/")

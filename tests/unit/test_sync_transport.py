@@ -10,7 +10,7 @@ import pytest
 from grpo_ds.config import EngineConfig, RecipeError, SyncConfig
 from grpo_ds.sync import transport
 from grpo_ds.sync.receive import pack_handle, unpack_handle
-from grpo_ds.sync.transport import choose_transport, on_this_machine, urls_of_node
+from grpo_ds.sync.transport import choose_transport, on_this_machine, shares_devices, urls_of_node
 
 FAR = "http://far.example:8000"
 NEAR = "http://127.0.0.1:8000"
@@ -31,7 +31,10 @@ def _far_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", {"urls": [NEAR]}, "cuda", "shared_memory"),
         ("auto", {"urls": [NEAR, FAR]}, "cpu", "group"),
         ("auto", {"kind": "hf"}, "cuda", "shared_memory"),
+        ("auto", {"replicas": 2}, "cuda", "shared_memory"),
+        ("auto", {"replicas": 2}, "cpu", "shared_memory"),
         ("shared_memory", {}, "cuda", "shared_memory"),
+        ("shared_memory", {"replicas": 2}, "cuda", "shared_memory"),
         ("ipc", {}, "cuda", "ipc"),
         ("group", {}, "cpu", "group"),
         ("group", {"urls": [NEAR]}, "cuda", "group"),
@@ -69,6 +72,12 @@ def test_the_place_of_the_engine_decides_and_a_wish_is_heard(
             "cpu",
             "ipc, but the weights of this run are on cpu, not on a GPU: set it to shared_memory or auto",
         ),
+        (
+            "ipc",
+            {"replicas": 2},
+            "cuda",
+            "ipc, but each of engine.replicas 2 servers sees GPUs of its own, and the memory lies on one: set it to shared",
+        ),
         ("group", {}, "cuda", "group, but the engine that the run starts shares its lead's GPU"),
     ],
 )
@@ -77,6 +86,28 @@ def test_a_wish_that_cannot_be_fulfilled_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(RecipeError, match=reason):
         choose_transport(SyncConfig(transport=wish), EngineConfig(**engine), device)
+
+
+def test_several_servers_on_gpus_say_why_they_do_not_get_gpu_memory() -> None:
+    chosen = choose_transport(SyncConfig(), EngineConfig(replicas=2), "cuda")
+    assert chosen.reason == "the engine is on this node, and each of its servers sees GPUs of its own"
+    assert choose_transport(SyncConfig(), EngineConfig(replicas=2), "cpu").reason == "the engine is on this node"
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "shared"),
+    [
+        ({}, "cuda", True),
+        ({"replicas": 2}, "cuda", True),
+        ({}, "cpu", False),
+        ({"kind": "hf"}, "cuda", False),
+        ({"urls": [NEAR]}, "cuda", False),
+    ],
+)
+def test_an_engine_that_the_run_starts_shares_its_accelerators(
+    engine: dict[str, Any], device: str, shared: bool
+) -> None:
+    assert shares_devices(EngineConfig(**engine), device) is shared
 
 
 def test_a_host_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
