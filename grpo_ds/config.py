@@ -298,6 +298,8 @@ class SyncConfig:
     """Largest mean |trainer - engine| log-probability of freshly sampled tokens before the run is stopped, in nats."""
     parity_every: int = 50
     """Rounds between parity gates, which compare both sides on a fixed probe; 0: only the one before the first round."""
+    parity_mean: float | None = None
+    """Largest mean |trainer - engine| in the probe, in nats; null: 1e-4 in float32, 0.05 in 16 bits."""
     parity_p99: float | None = None
     """Largest 99th percentile of |trainer - engine| in the probe, in nats; null: 1e-3 in float32, 0.5 in 16 bits."""
     parity_max: float | None = None
@@ -305,7 +307,7 @@ class SyncConfig:
 
     def __post_init__(self) -> None:
         _require(self.parity_every >= 0, "sync.parity_every must not be negative")
-        for name in ("parity_p99", "parity_max"):
+        for name in ("parity_mean", "parity_p99", "parity_max"):
             limit = getattr(self, name)
             _require(limit is None or limit > 0, f"sync.{name} must be positive (.inf switches it off)")
 

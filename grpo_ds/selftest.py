@@ -1,8 +1,11 @@
-"""`grpo-ds selftest --recipe NAME`: two rounds at learning rate 0 with the run's real parts move nothing.
+"""`grpo-ds selftest --recipe NAME`: two rounds at learning rate 0 with the run's real parts move nothing, and then other
+weights arrive.
 
 What it proves before GPU hours are spent: engine and trainer hold the same model (the parity gate, which names the
 cause where they do not), a publication leaves the engine exactly where the trainer is, and the same seeds give the same
-samples. With several ranks: `deepspeed --module grpo_ds.selftest --recipe NAME`.
+samples. The weights of those rounds are the ones that the engine has read from disk, so a publication that loads nothing
+would look the same. Therefore every tensor is then changed and published: the engine has to follow, and to be back where
+it was when the old weights are published again. With several ranks: `deepspeed --module grpo_ds.selftest --recipe NAME`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,11 @@ TOLERANCE = {"float32": 1e-5}
 """Largest |Δ log-probability| of an engine whose weights did not change, in nats."""
 TOLERANCE_REDUCED = 5e-2
 """The same in 16 bits, where kernels round differently from batch to batch."""
+FLIPPED = 101
+"""Of every so many elements of a tensor one changes its sign: exact to undo in every dtype, without a copy. A prime, so
+that it is another column in each row; the change is a fifth of the tensor's norm, nats for a trained model."""
+FOLLOWED = 0.1
+"""Largest part of the mean gap to changed weights that may be left once they are published."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Check:
 
 
 def selftest(argv: Sequence[str]) -> int:
-    """Runs the test on the options of launch/train.py and prints a table; 0: nothing moved, 1: something did.
+    """Runs the test on the options of launch/train.py and prints a table; 0: all passed, 1: something did not.
 
     Every rank calls it. Raises RecipeError for a wrong recipe. Nothing is left on disk.
     """
@@ -74,33 +82,62 @@ def selftest(argv: Sequence[str]) -> int:
 
 
 def _checks(run: Any) -> list[Check]:
-    """Probes, two rounds, probes again."""
-    from grpo_ds.loop import train
-
+    """Probes, two rounds, changed weights, the old weights; a probe after each."""
     recipe, gate = run.recipe, run.parity
-    parts = replace(run.parts, parity=_NoGate(), after_round=lambda done, version, metrics: None)
-    # A gap above the limit is a line of the table here, not the end.
-    lenient = replace(recipe, sync=replace(recipe.sync, max_logprob_gap=float("inf"), parity_every=0))
-
-    weights, gaps, answers = _fingerprint(run), [gate.measure(0)], [gate.probe.answers]
-    for done in range(recipe.train.rounds):
-        train(replace(lenient, train=replace(recipe.train, rounds=done + 1)), parts, done, done)
-        gaps.append(gate.measure(done + 1))
+    weights, gaps, answers = _fingerprint(run), {"version 0": gate.measure(0)}, [gate.probe.answers]
+    for version in _rounds(run):
+        gaps[f"version {version}"] = gate.measure(version)
         answers.append(gate.probe.answers)
-    changed = sum(a != b for a, b in zip(weights, _fingerprint(run), strict=True))
+    version, changed, restored = recipe.train.rounds, "changed weights", "restored weights"
+    _flip(run)
+    apart = gate.measure(version)["parity/mean"]  # as the engine would be after a publication that loads nothing
+    run.publisher.publish(version + 1)
+    gaps[changed] = gate.measure(version + 1)
+    _flip(run)
+    run.publisher.publish(version + 2)
+    gaps[restored] = gate.measure(version + 2)
+    answers.append(gate.probe.answers)
+
+    moved = sum(a != b for a, b in zip(weights, _fingerprint(run), strict=True))
     tokens, largest = zip(*(difference(answers[0], later) for later in answers[1:]), strict=True)
     exact = run.dtype == "float32"
     checks = [
-        Check("trainer tensors whose bytes changed", changed, 0),
-        Check("engine version - rounds published", run.engine.version() - recipe.train.rounds if run.engine else 0, 0),
+        Check("trainer tensors whose bytes changed", moved, 0),
+        Check("engine version - publications", run.engine.version() - version - 2 if run.engine else 0, 0),
         Check("engine samples, same prompts and seeds: tokens that differ", sum(tokens), 0 if exact else float("inf")),
         Check("the same: max |Δ log-probability|", max(largest), TOLERANCE.get(run.dtype, TOLERANCE_REDUCED)),
+        Check(f"{changed}: mean gap, published / not published", ratio(gaps[changed]["parity/mean"], apart), FOLLOWED),
     ]
-    for version, gap in enumerate(gaps):
-        for name, limit in (("max", gate.limits.max), ("p99", gate.limits.p99)):
-            what = f"version {version}: {name} |trainer - engine| log-probability"
-            checks.append(Check(what, gap[f"parity/{name}"], limit))
+    for when, gap in gaps.items():
+        for name in ("max", "p99", "mean"):
+            what = f"{when}: {name} |trainer - engine| log-probability"
+            checks.append(Check(what, gap[f"parity/{name}"], getattr(gate.limits, name)))
     return checks
+
+
+def _rounds(run: Any) -> Iterator[int]:
+    """Runs one after the other; yields the version that it published."""
+    from grpo_ds.loop import train
+
+    recipe = run.recipe
+    parts = replace(run.parts, parity=_NoGate(), after_round=lambda done, version, metrics: None)
+    # A gap above the limit is a line of the table here, not the end.
+    lenient = replace(recipe, sync=replace(recipe.sync, max_logprob_gap=float("inf"), parity_every=0))
+    for done in range(recipe.train.rounds):
+        yield train(replace(lenient, train=replace(recipe.train, rounds=done + 1)), parts, done, done)
+
+
+def _flip(run: Any) -> None:
+    """Changes some signs in every tensor of the trainer; a second time it puts them back."""
+    from grpo_ds.actor.backend import change_in_place
+
+    params = [shard.param for shard in run.publisher.shards]
+    change_in_place(params, lambda whole: whole.view(-1)[::FLIPPED].neg_())
+
+
+def ratio(left: float, before: float) -> float:
+    """left / before; infinite where nothing was there before, so that no check takes it for a success."""
+    return left / before if before else float("inf")
 
 
 class _NoGate:
@@ -144,7 +181,11 @@ def table(checks: Sequence[Check]) -> str:
     for c in checks:
         rows.append(f"{c.what:<{width}}  {c.found:>9.2g}  {c.limit:>9.2g}  {'passed' if c.passed else 'FAILED'}")
     failed = sum(not check.passed for check in checks)
-    rows.append(f"selftest: {failed} of {len(checks)} checks failed" if failed else "selftest: nothing moved")
+    rows.append(
+        f"selftest: {failed} of {len(checks)} checks failed"
+        if failed
+        else "selftest: nothing moved, and changed weights arrive"
+    )
     return "\n".join(rows)
 
 

@@ -7,7 +7,7 @@ so a rank holds 1/world of the model and one layer at a time, never 140 GB.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_modules
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -139,3 +139,15 @@ def build_engine(
         return deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
     optimizer = _optimizer(module, actor, config)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+@torch.no_grad()
+def change_in_place(params: Iterable[nn.Parameter], change: Callable[[Tensor], object]) -> None:
+    """Has `change` work on each whole parameter, as the next forward pass and the next publication then see it.
+
+    Every rank calls it with the same change; of a partitioned model each rank holds one whole parameter at a time. The
+    optimizer does not learn of it: its next step starts from the weights that it knows.
+    """
+    for param in params:
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+            change(param.data)

@@ -170,7 +170,7 @@ def unchanged(gate: ParityGate, probe: Probe) -> list[Finding]:
     if gate.agreed is None:
         return []
     stats = gap_stats(torch.empty(0), torch.empty(0))
-    for (_, now), (_, then) in zip(probe.answers, gate.agreed, strict=True):
+    for (_, now), (_, then) in zip(probe.answers, gate.agreed.answers, strict=True):
         same = now.token_ids == then.token_ids
         before = torch.tensor(then.logprobs) if same else torch.full((len(now.logprobs),), torch.nan)
         stats = merge(stats, gap_stats(before, torch.tensor(now.logprobs)))
@@ -222,7 +222,7 @@ def dtype(gate: ParityGate, probe: Probe) -> list[Finding]:
         name = str(kind).removeprefix("torch.")
         says = (
             f"dtype: the gap is the rounding of a model that computes in {name}, and the trainer computes in "
-            f"{gate.dtype}: look at engine.args.dtype, or raise sync.parity_p99 and sync.parity_max if it is meant so"
+            f"{gate.dtype}: look at engine.args.dtype, or raise sync.parity_mean, parity_p99 and parity_max if it is meant so"
         )
         left = gate.gap(probe.batches, values)
         found.append(Finding(name, says, left, alike=alike(gate.merged(stats))))

@@ -4,6 +4,9 @@ Each node's engine answers a few fixed prompts with fixed seeds; the trainer com
 tokens. Above the limits the run stops, and the trainer computes them again under each hypothesis about what the engine
 may do otherwise (`grpo_ds.parity.causes`), so that the message names the cause.
 
+A small gap alone does not show that publications arrive: in 16 bits it hides many small steps. So the run also stops
+when the engines answer bit for bit as at the last gate, and the trainer finds other log-probabilities for that.
+
 Cost at 64 nodes x 8 ranks, 70B, 32k tokens: a node's engine decodes 256 tokens of 32 responses (about 10 s), the ranks
 exchange 0.5M sampled tokens and their prompts (~40 MB in all) and make one forward pass over about 3k tokens each (one
 gather of the weights); in 50 rounds of minutes that is less than a thousandth. The diagnosis, once, is about 15 such
@@ -29,7 +32,7 @@ from grpo_ds.dist import Ranks
 from grpo_ds.evaluate import EngineSampler
 from grpo_ds.metrics import reduce_stats
 from grpo_ds.objective import Stats, merge
-from grpo_ds.parity.causes import HYPOTHESES
+from grpo_ds.parity.causes import HYPOTHESES, unchanged
 from grpo_ds.parity.gap import Finding, Gap, diagnosis, explains, gap_of, gap_stats, limits_of
 from grpo_ds.shards import Shard
 from grpo_ds.types import Prompt, Rollout, Sample
@@ -71,6 +74,17 @@ class Probe:
     trainer: list[Tensor]
     """(M,) log-probabilities of each micro-batch under the policy."""
     gap: Gap
+
+    def says_as(self, other: Probe) -> bool:
+        """Whether this node's engine gave the same tokens with the same log-probabilities, to the last bit."""
+        rows = zip(self.answers, other.answers, strict=True)
+        return all(now.token_ids == then.token_ids and now.logprobs == then.logprobs for (_, now), (_, then) in rows)
+
+    def scores_as(self, other: Probe) -> bool:
+        """Whether this rank found the same log-probabilities, to the last bit."""
+        if len(self.trainer) != len(other.trainer):
+            return False
+        return all(torch.equal(now, then) for now, then in zip(self.trainer, other.trainer, strict=True))
 
 
 class ParityGate:
@@ -115,29 +129,40 @@ class ParityGate:
         """Of the last `measure`."""
         self.version = 0
         """Its policy version."""
-        self.agreed: Answers | None = None
-        """The answers of the last probe that passed."""
+        self.stuck = False
+        """It is one that no publication can have reached."""
+        self.agreed: Probe | None = None
+        """The last probe that passed."""
         self.agreed_version = 0
 
     def measure(self, version: int) -> dict[str, float]:
         """Asks and compares; returns `parity/max`, `parity/p99` and `parity/mean` in nats. version: what is published."""
         self.settle()
         self.probe, self.version = self.ask(), version
+        self.stuck = self._stuck(self.probe)
         gap = self.probe.gap
         return {"parity/max": gap.max, "parity/p99": gap.p99, "parity/mean": gap.mean}
 
     def require(self) -> None:
-        """Raises ParityError with a diagnosis when the last probe is above the limits; nothing before the first one."""
+        """Raises ParityError with a diagnosis when the last probe did not pass; nothing before the first one."""
         if self.probe is None:
             return
         if not self.passed:
             raise ParityError(f"{self.report()}. {self.diagnose()}")
-        self.agreed, self.agreed_version = self.probe.answers, self.version
+        self.agreed, self.agreed_version = self.probe, self.version
 
     @property
     def passed(self) -> bool:
-        """Whether there was a probe and it is within the limits; the same on every rank."""
-        return self.probe is not None and self.probe.gap.within(self.limits)
+        """Whether there was a probe, within the limits, of engines that are not stuck; the same on every rank."""
+        return self.probe is not None and self.probe.gap.within(self.limits) and not self.stuck
+
+    def _stuck(self, probe: Probe) -> bool:
+        """Whether no engine says anything new since the last gate, and the trainer does; the same on every rank."""
+        if self.agreed is None:
+            return False
+        new = torch.tensor([float(not probe.says_as(self.agreed)), float(not probe.scores_as(self.agreed))])
+        engines, trainer = self.ranks.max(new, "parity").tolist()
+        return not engines and bool(trainer)
 
     def report(self) -> str:
         """The last probe in one line."""
@@ -145,8 +170,8 @@ class ParityGate:
         gap, limits = self.probe.gap, self.limits
         return (
             f"parity at policy version {self.version}: |trainer - engine| log-probability of {gap.tokens} probe tokens: "
-            f"max {gap.max:.2g}, p99 {gap.p99:.2g} nats (allowed: sync.parity_max {limits.max:g}, sync.parity_p99 "
-            f"{limits.p99:g})"
+            f"max {gap.max:.2g}, p99 {gap.p99:.2g}, mean {gap.mean:.2g} nats (allowed: sync.parity_max {limits.max:g}, "
+            f"sync.parity_p99 {limits.p99:g}, sync.parity_mean {limits.mean:g})"
         )
 
     def diagnose(self) -> str:
@@ -154,6 +179,8 @@ class ParityGate:
         probe = self.probe
         assert probe is not None, "measure() comes before diagnose()"
         findings: list[Finding] = []
+        if self.stuck:
+            return diagnosis(probe.gap, unchanged(self, probe), self.limits)
         for attempt in HYPOTHESES if probe.gap.tokens and not probe.gap.bad else ():
             findings += attempt(self, probe)
             # All ranks hold the same findings, so they leave together.

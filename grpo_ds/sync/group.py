@@ -7,7 +7,7 @@ store; nobody has to know which worker is which, because all get the same bytes.
 the next bucket opens another one, so that nobody ever reads a broadcast that was meant for an earlier time.
 
 The broadcast runs beside the HTTP request that announces it. A server that dies breaks that request at once, and this
-ends the wait for the broadcast as well.
+ends the wait for the broadcast as well (with NCCL, not run on a GPU yet, torch may end the trainer: `join_group`).
 
 Bytes, 70B bf16 (140 GB), 64 trainer nodes x 8 ranks that drive 64 servers of 8 workers on other nodes: each lead sends
 140 GB to its own server, whose workers pass them on among themselves: 140 GB out of a lead's network card, 2.8 s at

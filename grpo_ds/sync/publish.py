@@ -44,7 +44,8 @@ from grpo_ds.sync.transport import Kind
 VERIFY_EVERY = 16
 """With sync.verify sampled, versions between two checksums of the same tensor."""
 _PIECE = 16 * 2**20
-"""Bytes that arrive in one all-gather across nodes, unless a tensor is larger: memory that malloc keeps is faster than the kernel's fresh pages."""
+"""Bytes that arrive in one all-gather across nodes, a larger tensor alone in its own: memory that malloc keeps is faster
+than the kernel's fresh pages."""
 _PATIENCE = 0.9
 """Part of train.collective_timeout_s that an engine may take to pause: the other ranks wait that long for its lead."""
 

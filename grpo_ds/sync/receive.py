@@ -182,9 +182,13 @@ _DEVICES = {"gloo": "cpu", "nccl": "cuda"}
 
 
 def join_group(store: Any, rank: int, world: int, backend: str, address: str, timeout_s: float) -> Any:
-    """A process group that has nothing to do with the default one; returns when all `world` members are there.
+    """A process group that has nothing to do with the default one. rank: of this member among `world`.
 
-    address: of this machine, for gloo; NCCL chooses its interfaces itself. backend nccl: not run on a GPU yet.
+    gloo: returns when all members are there; address is this machine's. A member that dies breaks the broadcast with a
+    RuntimeError. nccl (not run on a GPU yet): returns at once and chooses its interfaces itself; members meet in the
+    first broadcast. There torch's watchdog ends the *process* that waits for a dead member, and so a dead worker can take
+    the trainer down: the group's options cannot switch that off, only TORCH_NCCL_ASYNC_ERROR_HANDLING for all groups of
+    a process, where DeepSpeed's want it.
     """
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":

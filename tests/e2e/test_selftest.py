@@ -47,8 +47,23 @@ def test_two_ranks_and_a_real_server_pass_as_well() -> None:
 def test_a_gap_above_the_limit_fails_its_lines_only_and_is_diagnosed() -> None:
     done = run([*CLI, *OPTIONS, "--sync.parity_max", "1e-12"])
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
-    assert failed(done.stdout) == [f"version {k}: max |trainer - engine| log-probability" for k in (0, 1, 2)]
-    assert "parity at policy version 2: " in done.stdout and "ruled out: temperature" in done.stdout
+    probes = ("version 0", "version 1", "version 2", "changed weights", "restored weights")
+    assert failed(done.stdout) == [f"{probe}: max |trainer - engine| log-probability" for probe in probes]
+    assert "parity at policy version 4: " in done.stdout and "ruled out: temperature" in done.stdout
+
+
+def test_publications_that_load_nothing_are_seen() -> None:
+    """Every tensor is announced, counted and versioned as it should be, and the engine keeps the weights of the disk."""
+    code = (
+        "import sys, grpo_ds.selftest as s; from grpo_ds.engine.hf import HfEngine; "
+        "HfEngine.update_bucket = lambda self, b, carrier=None: self._ledger.arrived(t['name'] for t in b['tensors']); "
+        "sys.exit(s.selftest(sys.argv[1:]))"
+    )
+    done = run([sys.executable, "-c", code, *OPTIONS])
+    assert done.returncode == 1, done.stdout + done.stderr[-3000:]
+    seen = "changed weights: {} |trainer - engine| log-probability"
+    wanted = ["changed weights: mean gap, published / not published", *(seen.format(n) for n in ("max", "p99", "mean"))]
+    assert failed(done.stdout) == wanted
 
 
 def test_weights_that_move_are_seen_on_both_sides() -> None:

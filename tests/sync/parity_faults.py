@@ -1,12 +1,15 @@
 """Run by two ranks: plants one fault after the other in a run's engine, and reports what the parity gate says of each.
 
-Prints one JSON line on the main rank: {fault: {"numbers": {...}, "error": message or null, "version": of the gate}}.
+PLANT in the environment names some of the faults, with commas; without it all are planted. Prints one JSON line on the
+main rank: {fault: {"numbers": {...}, "error": message or null, "version": of the gate}}.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from grpo_ds.engine import hf, vllm
 from grpo_ds.engine.base import RawRollout, Request, SamplingSpec
 from grpo_ds.loop import train, update
 from grpo_ds.parity import ParityError
+from grpo_ds.parity.gap import Limits
 from grpo_ds.recipe import read_recipe
 from grpo_ds.train import Run
 
@@ -186,6 +190,17 @@ def weights_of_the_start(run: Run) -> Iterator[None]:
     run.publisher.republish()
 
 
+@contextmanager
+def stale_within_the_limits(run: Run) -> Iterator[None]:
+    """A step whose publication does not reach the engine, and leaves a gap that is allowed."""
+    run.parity.measure(run.publisher.version)
+    run.parity.require()
+    step(run)
+    with patch.object(run.parity, "limits", Limits(math.inf, math.inf, math.inf)):
+        yield
+    run.publisher.republish()
+
+
 def vllm_asks(**changes: Any) -> Fault:
     """The server is told something else than the recipe says."""
 
@@ -225,6 +240,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "one_publication_lost": one_publication_lost,
         "first_head": first_head,
         "weights_of_the_start": weights_of_the_start,
+        "stale_within_the_limits": stale_within_the_limits,
         "healthy at the end": nothing,
     },
     "vllm": {
@@ -235,6 +251,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "min_p": vllm_asks(min_p=0.1),
         "never_published": never_published,
         "one_publication_lost": one_publication_lost,
+        "stale_within_the_limits": stale_within_the_limits,
         "healthy at the end": nothing,
     },
 }
@@ -257,8 +274,10 @@ def main() -> None:
     run = Run()
     run.build(*read_recipe(sys.argv[1:]))
     report: dict[str, Any] = {}
-    for name, fault in FAULTS[run.recipe.engine.kind].items():
-        with fault(run):
+    faults = FAULTS[run.recipe.engine.kind]
+    chosen = os.environ.get("PLANT")
+    for name in chosen.split(",") if chosen else faults:
+        with faults[name](run):
             error = None
             numbers = run.parity.measure(run.publisher.version)
             line = run.parity.report()
@@ -268,7 +287,7 @@ def main() -> None:
                 error = str(caught)
         errors = run.ranks.all_gather(error, "errors")
         report[name] = {"numbers": numbers, "line": line, "error": error, "same": len(set(errors)) == 1}
-    if run.recipe.engine.kind == "hf":
+    if run.recipe.engine.kind == "hf" and not chosen:
         report["in the loop"] = in_the_loop(run)
     run.parts.ranks.barrier("done")
     if run.ranks.is_main:

@@ -58,14 +58,14 @@ def write_project(folder: Path) -> Path:
     return recipe
 
 
-def plant(folder: Path, *options: str) -> Report:
-    """What the gate said of each fault of `parity_faults.py`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, "--master-port", str(free_port()), str(ROOT / "tests" / "sync" / "parity_faults.py")]
+def plant(folder: Path, *options: str, faults: str = "") -> Report:
+    """What the gate of two ranks said of all faults of `parity_faults.py`, or that of one rank of those named."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [sys.executable, *([] if faults else launcher), str(ROOT / "tests" / "sync" / "parity_faults.py")]
     done = subprocess.run(
         [*command, "--recipe", str(write_project(folder)), "--run.dir", str(folder / "runs"), *options],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PLANT": faults},
         capture_output=True,
         text=True,
         timeout=800,
@@ -78,6 +78,13 @@ def plant(folder: Path, *options: str) -> Report:
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return plant(tmp_path_factory.mktemp("parity_hf"), "--engine.kind", "hf")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Seconds, where all faults take minutes."""
+    faults = "healthy,temperature,stale_within_the_limits"
+    return plant(tmp_path_factory.mktemp("parity_few"), "--engine.kind", "hf", faults=faults)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,7 @@ SAYS = {
     "never_published": "stale weights: the engine answers exactly as it did at policy version 0",
     "one_publication_lost": "stale weights: a publication was lost",
     "first_head": "output head: the engine still has the head it started with, and all else is new",
+    "stale_within_the_limits": "stale weights: the engine answers exactly as it did at policy version",
     "weights_of_the_start": "stale weights: the engine holds those of the reference",
 }
 
@@ -116,6 +124,16 @@ def assert_sound(report: Report, name: str) -> None:
     print(f"{name}: {found['line']}")
     assert found["error"] is None
     assert 0 < found["numbers"]["parity/max"] < 1e-4
+
+
+def test_a_gate_passes_what_is_sound_and_names_what_is_not(few: Report) -> None:
+    assert_sound(few, "healthy")
+    assert_named(few, "temperature")
+
+
+def test_an_engine_that_no_step_reaches_is_stopped_however_small_the_gap(few: Report) -> None:
+    assert_named(few, "stale_within_the_limits")
+    assert "(allowed: sync.parity_max inf, " in few["stale_within_the_limits"]["error"]
 
 
 @pytest.mark.slow
@@ -164,7 +182,9 @@ def test_what_is_not_a_number_is_stopped(hf: Report) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("fault", ["raw", "top_k", "top_p", "min_p", "never_published", "one_publication_lost"])
+@pytest.mark.parametrize(
+    "fault", ["raw", "top_k", "top_p", "min_p", "never_published", "one_publication_lost", "stale_within_the_limits"]
+)
 def test_a_real_server_is_stopped_with_the_cause(vllm: Report, fault: str) -> None:
     assert_named(vllm, fault)
 

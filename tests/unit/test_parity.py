@@ -33,7 +33,7 @@ from grpo_ds.parity.sampling import (
 )
 from grpo_ds.types import Sample
 
-LIMITS = Limits(p99=1e-3, max=1e-2)
+LIMITS = Limits(mean=1e-4, p99=1e-3, max=1e-2)
 GOOD = Gap(tokens=500, bad=0, mean=1e-7, p99=1e-6, max=2e-6, below=1e-6)
 WRONG = Gap(tokens=500, bad=0, mean=0.3, p99=1.0, max=2.0, below=1.5)
 
@@ -72,27 +72,34 @@ def test_what_is_not_a_number_never_passes(value: float, side: str) -> None:
     sides[side][7] = value
     found = gap(**sides)
     assert found.bad == 1
-    assert not found.within(Limits(math.inf, math.inf))
+    assert not found.within(Limits(math.inf, math.inf, math.inf))
     assert "1 log-probabilities are not finite" in diagnosis(found, [], LIMITS)
 
 
 def test_a_probe_without_tokens_does_not_pass() -> None:
     found = gap(torch.empty(0), torch.empty(0))
-    assert not found.within(Limits(math.inf, math.inf))
+    assert not found.within(Limits(math.inf, math.inf, math.inf))
     assert "no token" in diagnosis(found, [], LIMITS)
 
 
 @pytest.mark.parametrize(
-    ("p99", "largest", "passes"), [(1e-3, 1e-2, True), (1.1e-3, 2e-3, False), (1e-4, 1.1e-2, False)]
+    ("mean", "p99", "largest", "passes"),
+    [
+        (1e-4, 1e-3, 1e-2, True),
+        (1.1e-4, 2e-4, 3e-4, False),
+        (1e-5, 1.1e-3, 2e-3, False),
+        (1e-5, 1e-4, 1.1e-2, False),
+    ],
 )
-def test_both_limits_are_limits(p99: float, largest: float, passes: bool) -> None:
-    assert replace(GOOD, p99=p99, max=largest).within(LIMITS) is passes
+def test_each_limit_is_one(mean: float, p99: float, largest: float, passes: bool) -> None:
+    assert replace(GOOD, mean=mean, p99=p99, max=largest).within(LIMITS) is passes
 
 
 def test_limits_follow_the_dtype_until_the_recipe_names_them() -> None:
     exact, reduced = limits_of(SyncConfig(), "float32"), limits_of(SyncConfig(), "bfloat16")
-    assert exact.p99 < exact.max < reduced.p99 < reduced.max
-    assert limits_of(SyncConfig(parity_p99=0.25), "float32") == Limits(0.25, exact.max)
+    assert exact.mean < exact.p99 < exact.max < reduced.mean < reduced.p99 < reduced.max
+    assert limits_of(SyncConfig(parity_p99=0.25), "float32") == Limits(exact.mean, 0.25, exact.max)
+    assert limits_of(SyncConfig(parity_mean=0.25), "bfloat16") == Limits(0.25, reduced.p99, reduced.max)
     with pytest.raises(RecipeError, match=r"sync.parity_max must be positive"):
         SyncConfig(parity_max=0.0)
 
