@@ -189,8 +189,12 @@ class Run:
         from grpo_ds.actor import backend
         from grpo_ds.actor.ds_json import actor_config, reference_config
         from grpo_ds.actor.policy import Policy, Scorer
+        from grpo_ds.sync.transport import shares_devices
 
         recipe, world = self.recipe, self.ranks.world
+        if shares_devices(recipe.engine, backend.device_kind()):
+            # While it starts, vLLM counts whatever happens to the device's free memory as its own doing.
+            self._await_engine()
         device = backend.device(self.ranks)
         make = partial(
             backend.build_engine, temperature=recipe.rollout.temperature, chunk=recipe.actor.logprob_chunk_tokens
@@ -300,10 +304,13 @@ class Run:
         self.policy.steps_taken = self.state.optimizer_steps
         self.totals = dict(self.state.totals)
         self.kl.coef = self.totals.setdefault("kl_coef", self.kl.coef)
+        self._await_engine()
+        self.publisher.publish(self.state.version)
+
+    def _await_engine(self) -> None:
         if self.engine:
             self.engine.wait_ready()
         self.ranks.barrier("engines ready")
-        self.publisher.publish(self.state.version)
 
     def train(self) -> None:
         """The loop, with an evaluation before and after, and everything written at the end."""

@@ -222,7 +222,7 @@ def dtype(gate: ParityGate, probe: Probe) -> list[Finding]:
         name = str(kind).removeprefix("torch.")
         says = (
             f"dtype: the gap is the rounding of a model that computes in {name}, and the trainer computes in "
-            f"{gate.dtype}: look at engine.args.dtype, or raise sync.parity_mean, parity_p99 and parity_max if it is meant so"
+            f"{gate.dtype}: look at engine.args.dtype, or raise sync.parity_mean, _p99 and _max if it is meant so"
         )
         left = gate.gap(probe.batches, values)
         found.append(Finding(name, says, left, alike=alike(gate.merged(stats))))
