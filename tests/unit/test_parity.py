@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,10 @@ from grpo_ds.engine import sglang_wire, vllm_wire
 from grpo_ds.engine.base import EngineSettings, Request, SamplingSpec
 from grpo_ds.engine.hf import processed_logprobs
 from grpo_ds.objective import merge
+from grpo_ds.parity import ParityGate
 from grpo_ds.parity.causes import folder_sampling, with_first, without_first
 from grpo_ds.parity.gap import Finding, Gap, Limits, cause, diagnosis, gap_of, gap_stats, limits_of
+from grpo_ds.parity.gate import Probe
 from grpo_ds.parity.sampling import (
     Sampling,
     alike,
@@ -31,7 +35,7 @@ from grpo_ds.parity.sampling import (
     sampled_from,
     temperatures_around,
 )
-from grpo_ds.types import Sample
+from grpo_ds.types import Prompt, Rollout, Sample, VersionSpan
 
 LIMITS = Limits(mean=1e-4, p99=1e-3, max=1e-2)
 GOOD = Gap(tokens=500, bad=0, mean=1e-7, p99=1e-6, max=2e-6, below=1e-6)
@@ -102,6 +106,32 @@ def test_limits_follow_the_dtype_until_the_recipe_names_them() -> None:
     assert limits_of(SyncConfig(parity_mean=0.25), "bfloat16") == Limits(0.25, reduced.p99, reduced.max)
     with pytest.raises(RecipeError, match=r"sync.parity_max must be positive"):
         SyncConfig(parity_max=0.0)
+
+
+def probe(engine: list[float], trainer: list[float], token: int = 3, version: int = 0) -> Probe:
+    """Of one answer of as many tokens."""
+    tokens, logprobs = (token,) * len(engine), tuple(engine)
+    rollout = Rollout(tokens, logprobs, "length", (VersionSpan(version, 0, len(engine)),), "")
+    return Probe([(Prompt(0, 0, (5,), "", {}), rollout)], [], [], [torch.tensor(trainer)], GOOD)
+
+
+@pytest.mark.parametrize(
+    ("now", "stuck"),
+    [
+        (probe([-1.0, -2.0], [-1.0, -2.0 - 1e-6], version=9), True),
+        (probe([-1.0, -2.0], [-1.0, -2.0], version=9), False),
+        (probe([-1.0, -2.0 - 1e-6], [-1.0, -2.0 - 1e-6]), False),
+        (probe([-1.0, -2.0], [-1.5, -2.5], token=4), False),
+    ],
+    ids=["only the trainer moved", "nobody moved", "both moved", "another token"],
+)
+def test_engines_stand_still_when_only_the_trainer_moved(now: Probe, stuck: bool) -> None:
+    """By one bit of one token: nobody is stuck where the weights are those of the last gate (learning rate 0)."""
+    first = probe([-1.0, -2.0], [-1.0, -2.0])
+    gate: Any = SimpleNamespace(agreed=first, ranks=SimpleNamespace(max=lambda values, what: values))
+    assert ParityGate._stuck(gate, now) is stuck
+    gate.agreed = None
+    assert ParityGate._stuck(gate, now) is False
 
 
 # ---- which hypothesis ----
