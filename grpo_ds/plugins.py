@@ -4,7 +4,7 @@ A plugin is a class whose keyword options are typed (a frozen dataclass with a d
 whose instances are called by the trainer; or a plain function, whose keyword-only parameters are the options. Four ways
 to name one in a recipe: a built-in's name, an entry point's name, `package.module.Name`, `path/file.py:Name` (relative
 to given folders: the working directory, then the recipe's own). Every mistake is a RecipeError that names the plugin
-and the distribution it came from. Imports no torch.
+and the distribution it came from. A whole package is shown in `grpo_ds.conformance`. Imports no torch.
 """
 
 from __future__ import annotations
