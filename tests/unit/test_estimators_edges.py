@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_ds.config import RecipeError
 from grpo_ds.estimators import REGISTRY, estimator_options, get_estimator
 from grpo_ds.estimators.stats import find_groups, rewards_to_go, whiten
+from tests.benchmarks import estimators as benchmark
 
 GROUP_RELATIVE = ["grpo", "grpo_vectorized", "dr_grpo", "grpo_passk", "rloo", "opo", "gpg", "maxrl"]
 
@@ -243,3 +244,12 @@ def test_a_constant_added_to_all_rewards_of_a_group_changes_no_advantage(
         estimator = get_estimator(name, **({"eps": 1e-3} if name in ("grpo", "grpo_passk") else {}))
         before, after = estimator(precise, mask, index)[0], estimator(precise + shift, mask, index)[0]
         torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_times_every_built_in_and_its_loops_agree() -> None:
+    assert {name for name, _, _ in benchmark.LOOPS} == set(REGISTRY._builtin)
+    args, everything = benchmark.make_batch(groups=16, size=4, tokens=6)
+    for name, options, loop in benchmark.LOOPS:
+        needs = benchmark.declared(name, everything)
+        advantages, _ = get_estimator(name, **options)(*args, **needs)
+        torch.testing.assert_close(advantages, loop(args, needs).float(), rtol=1e-5, atol=1e-5)
