@@ -39,16 +39,46 @@ def build_estimator(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """The estimator of the recipe and its declared needs; refuses a recipe that does not meet them."""
     a: AlgorithmConfig = recipe.algorithm
     options = estimator_options(a.adv_estimator, a.norm_adv_by_std_in_grpo, a.gamma, a.estimator_args)
-    if recipe.reward.weights and "weights" in {option.name for option in ESTIMATORS.options(a.adv_estimator)}:
-        options.setdefault("weights", recipe.reward.weights)
+    known = {option.name for option in ESTIMATORS.options(a.adv_estimator)}
+    if "weights" in known and ESTIMATORS.needs(a.adv_estimator)["per_function_rewards"]:
+        _give_weights(recipe, options)
     estimator = get_estimator(a.adv_estimator, **options)
     needs = ESTIMATORS.needs(estimator)
-    if recipe.rollout.n < int(needs.get("min_group_size", 1)):
+    label = f"algorithm.adv_estimator: {ESTIMATORS.label(a.adv_estimator)}"
+    if recipe.rollout.n < int(needs["min_group_size"]):
         raise RecipeError(
-            f"algorithm.adv_estimator: {ESTIMATORS.label(a.adv_estimator)} compares the responses of a prompt and needs at "
-            f"least {needs['min_group_size']} of them: rollout.n is {recipe.rollout.n}"
+            f"{label} compares the responses of a prompt and needs at least {needs['min_group_size']} of them: rollout.n "
+            f"is {recipe.rollout.n}"
         )
+    shaping = _shaping(recipe)
+    if needs["unshaped_rewards"] and shaping:
+        raise RecipeError(f"{label} does not look at the summed reward, so shaping it would have no effect: {shaping}")
     return estimator, needs
+
+
+def _give_weights(recipe: Recipe, options: dict[str, Any]) -> None:
+    """Puts reward.weights into the options of an estimator that takes each function's reward, and checks their number."""
+    if recipe.reward.weights:
+        options.setdefault("weights", recipe.reward.weights)
+    weights, functions = options.get("weights"), len(recipe.reward.functions)
+    if isinstance(weights, list) and len(weights) != functions:
+        raise RecipeError(
+            f"algorithm.estimator_args.weights has {len(weights)} entries for {functions} reward.functions: give one a "
+            "function"
+        )
+
+
+def _shaping(recipe: Recipe) -> str:
+    """What changes the reward after the functions' weighted sum, and the way out; empty: nothing."""
+    reward, actor = recipe.reward, recipe.actor
+    if reward.overlong_buffer_len and reward.overlong_penalty_factor:
+        return (
+            f"set reward.overlong_buffer_len ({reward.overlong_buffer_len}) to 0, or make the penalty one of "
+            "reward.functions"
+        )
+    if actor.kl_placement == "reward" and actor.kl_loss_coef:
+        return "set actor.kl_placement (reward) to loss"
+    return ""
 
 
 def build_policy_loss(recipe: Recipe) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 from grpo_ds.config import RecipeError
 
+_EXAMPLE = "A whole package with an estimator and its tests is shown by: python -m pydoc grpo_ds.conformance"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: fine, 1: a check failed or a plugin is broken, 2: wrong input."""
@@ -34,7 +36,7 @@ def _add_plugins(commands: Any) -> None:
     from grpo_ds.plugin_list import GROUPS
 
     parser = commands.add_parser(
-        "plugins", help="list plugins: where from, needs, options", description=plugins.__doc__
+        "plugins", help="list plugins: where from, needs, options", description=plugins.__doc__, epilog=_EXAMPLE
     )
     parser.add_argument("group", nargs="?", choices=[group.removeprefix("grpo_ds.") for group in GROUPS])
     parser.set_defaults(run=plugins)
@@ -52,7 +54,10 @@ def plugins(args: argparse.Namespace) -> int:
 
 def _add_check_estimator(commands: Any) -> None:
     parser = commands.add_parser(
-        "check-estimator", help="test an advantage estimator's properties", description=check_estimator.__doc__
+        "check-estimator",
+        help="test an advantage estimator's properties",
+        description=check_estimator.__doc__,
+        epilog=_EXAMPLE,
     )
     parser.add_argument("name", help="a built-in, an entry point, package.module.Name or path/file.py:Name")
     parser.add_argument(

@@ -9,8 +9,8 @@ from grpo_ds.plugins import PluginRow, list_plugins
 GROUPS = {
     "grpo_ds.estimators": "algorithm.adv_estimator, options in algorithm.estimator_args",
     "grpo_ds.losses": "actor.policy_loss_fn, options in actor.policy_loss_args",
-    "grpo_ds.filters": "algorithm.filter_groups",
-    "grpo_ds.rewards": "reward.functions",
+    "grpo_ds.filters": "algorithm.filter_groups.filter, options in algorithm.filter_groups.filter_args",
+    "grpo_ds.rewards": "reward.functions, options of a class in reward.function_args",
 }
 """Entry-point group -> the recipe keys that choose from it."""
 
@@ -22,9 +22,8 @@ def describe_group(group: str) -> str:
 
 
 def plugin_help() -> str:
-    """The options of all estimators and policy losses, built in or installed, to follow the recipe keys in `--help`."""
-    groups = [describe_group(group) for group in ("grpo_ds.estimators", "grpo_ds.losses")]
-    return "\n\n".join(["Plugins and their options (grpo-ds plugins lists the other groups, too):", *groups])
+    """All plugins, built in or installed, with their options, to follow the recipe keys in `--help`."""
+    return "\n\n".join(["Plugins and their options:", *map(describe_group, GROUPS)])
 
 
 def _describe(row: PluginRow) -> str:

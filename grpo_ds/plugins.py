@@ -4,7 +4,7 @@ A plugin is a class whose keyword options are typed (a frozen dataclass with a d
 whose instances are called by the trainer; or a plain function, whose keyword-only parameters are the options. Four ways
 to name one in a recipe: a built-in's name, an entry point's name, `package.module.Name`, `path/file.py:Name` (relative
 to given folders: the working directory, then the recipe's own). Every mistake is a RecipeError that names the plugin
-and the distribution it came from. Imports no torch.
+and the distribution it came from. A whole package is shown in `grpo_ds.conformance`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from grpo_ds.config import RecipeError
-from grpo_ds.plugin_code import first_line, import_target
+from grpo_ds.plugin_code import first_line, import_target, one_sentence
 from grpo_ds.plugin_options import Option, check_options, read_options
 
 T = TypeVar("T")
@@ -38,7 +38,10 @@ class Need:
     default: bool | int
     """The value of plugins that do not have the attribute; its type is the attribute's type."""
     keyword: str | None = None
-    """The keyword argument by which the trainer delivers it; a plugin with the need must accept it."""
+    """The keyword argument by which the trainer delivers it; a plugin with the need must accept it, and a plugin that
+    accepts it must have the need: else its own default would stand in for what it waits for."""
+    in_every_signature: bool = False
+    """The contract gives every plugin this keyword, so accepting it says nothing about the need."""
 
 
 @dataclass(frozen=True)
@@ -114,21 +117,27 @@ class Registry:
 
         bases: the folders in which `path/file.py:Name` is looked up, in order.
         """
-        found = self._find(name, bases)
+        return self._make(self._find(name, bases), options)
+
+    def _make(self, found: _Found, options: Mapping[str, Any]) -> Any:
         known = self._options(found)
-        check_options(found.label, known, options)
+        with one_sentence(found.label, "checking its options"):
+            check_options(found.label, known, options)
         if not inspect.isclass(found.target):
             built: Any = functools.partial(found.target, **options) if self._has_options else found.target
         else:
-            try:
-                built = found.target(**options)
-            except (TypeError, ValueError) as error:
-                raise RecipeError(f"{found.label} refuses its options: {first_line(error)}") from error
+            with one_sentence(found.label, f"making {found.module} from its options"):
+                try:
+                    built = found.target(**options)
+                except (TypeError, ValueError) as error:
+                    raise RecipeError(f"{found.label} refuses its options: {first_line(error)}") from error
             if not callable(built):
                 raise RecipeError(
                     f"{found.label} is no {self.kind}: instances of {found.module} cannot be called, give it __call__"
                 )
-        self._check(found.label, built)
+        with one_sentence(found.label, "reading its needs and signature"):
+            self._check_needs(found.label, built)
+            self._check(found.label, built)
         return built
 
     def label(self, name: str) -> str:
@@ -145,6 +154,14 @@ class Registry:
         target = target.func if isinstance(target, functools.partial) else target
         return {need: getattr(target, need, spec.default) for need, spec in self._needs.items()}
 
+    def _check_needs(self, label: str, plugin: Any) -> dict[str, bool | int]:
+        needs = self.needs(plugin)
+        for need, value in needs.items():
+            wanted = type(self._needs[need].default)
+            if type(value) is not wanted:
+                raise RecipeError(f"{label}: its need {need} is {value!r}, not a {wanted.__name__}")
+        return needs
+
     def rows(self) -> list[PluginRow]:
         """One row a name; a broken plugin has its message in `problem`."""
         return [self._row(name) for name in self.names()]
@@ -153,14 +170,16 @@ class Registry:
         try:
             found = self._find(name)
             options = self._options(found)
+            with one_sentence(found.label, "reading its needs"):
+                needs = self._check_needs(found.label, found.target)
             if not any(option.required for option in options):
-                self.build(name)
+                self._make(found, {})
         except RecipeError as error:
             entries = self._entry_points(name)
             source = ", ".join(sorted({_distribution(entry) for entry in entries})) or _own_version()
             return PluginRow(name, source, entries[0].value if entries else "", {}, (), problem=str(error))
         doc = " ".join((inspect.getdoc(found.target) or "").partition("\n\n")[0].split())
-        return PluginRow(name, found.source, found.module, self.needs(found.target), options, doc)
+        return PluginRow(name, found.source, found.module, needs, options, doc)
 
     def _entry_points(self, name: str | None = None) -> list[importlib.metadata.EntryPoint]:
         entries = _installed(self.group, tuple(sys.path))
@@ -207,20 +226,22 @@ class Registry:
     def _options(self, found: _Found) -> tuple[Option, ...]:
         if not self._has_options and not inspect.isclass(found.target):
             return ()
-        return read_options(found.label, found.target, reserved=self.keywords)
+        with one_sentence(found.label, "reading its options"):
+            return read_options(found.label, found.target, reserved=self.keywords)
 
     def _check_signature(self, label: str, built: Any) -> None:
-        keywords = []
-        target = built.func if isinstance(built, functools.partial) else built
+        signature, needs, keywords = inspect.signature(built), self.needs(built), []
         for need, spec in self._needs.items():
-            value = getattr(target, need, spec.default)
-            if type(value) is not type(spec.default):
-                raise RecipeError(f"{label}: its need {need} is {value!r}, not a {type(spec.default).__name__}")
-            if value and spec.keyword:
+            if needs[need] and spec.keyword:
                 keywords.append(spec.keyword)
+            elif spec.keyword in signature.parameters and not spec.in_every_signature:
+                raise RecipeError(
+                    f"{label} takes {spec.keyword} but does not declare {need}, so the trainer would never pass it: set "
+                    f"{need} = True on it, or remove the parameter"
+                )
         given = ", ".join([*self.arguments, *(f"{keyword}=..." for keyword in keywords)])
         try:
-            inspect.signature(built).bind(*self.arguments, **dict.fromkeys(keywords))
+            signature.bind(*self.arguments, **dict.fromkeys(keywords))
         except TypeError as error:
             raise RecipeError(f"{label} cannot be called with ({given}): {error}") from error
 

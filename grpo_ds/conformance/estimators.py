@@ -3,6 +3,7 @@ sentence that says what was changed and what came of it. Pure: imports no pytest
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,8 @@ PROPERTIES: dict[str, Property] = {}
 """Name -> property, in the order of the table."""
 
 _TOLERANCE = 1e-4
-"""Relative and absolute, for results that may be summed in another order in float32."""
+"""Of each value, and of the largest one, for results that may be summed in another order in float32. Never absolute: an
+estimator with small advantages must not pass because all of them are small."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,19 @@ def _same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], change: s
     for name, a, b in zip(("advantages", "returns"), found, wanted, strict=True):
         if a.shape != b.shape:
             raise AssertionError(f"{name} have shape {tuple(a.shape)} instead of {tuple(b.shape)} after {change}")
-        off = ~torch.isclose(a.double(), b.double(), rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+        atol = _TOLERANCE * _largest(b)
+        off = ~torch.isclose(a.double(), b.double(), rtol=_TOLERANCE, atol=atol, equal_nan=True)
         off &= torch.ones_like(off) if mask is None else mask
         if bool(off.any()):
             i, t = off.nonzero()[0].tolist()
             raise AssertionError(
                 f"{name} of sample {i}, token {t} went from {b[i, t]:.6g} to {a[i, t]:.6g} by {change}"
             )
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value that is finite; 0 where there is none."""
+    return float(values.detach().double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if values.numel() else 0.0
 
 
 def _finite(out: tuple[Tensor, Tensor], what: str) -> None:
@@ -157,15 +165,29 @@ def constant_rewards(subject: Subject) -> None:
     """Equal rewards give finite numbers; and 0, where adding 1 to every reward of a batch changes no advantage."""
     batch = subject.batch()
     rewards = torch.linspace(-1, 2, len(batch.group_index))
-    base, shifted = (subject.run(batch.with_rewards(rewards + shift))[0] for shift in (0.0, 1.0))
-    relative = bool(torch.isclose(base, shifted, rtol=1e-3, atol=1e-3).all())
+    base, shifted = (subject.run(batch.with_rewards(rewards + shift))[0].double() for shift in (0.0, 1.0))
+    allowed = 1e-3 * _largest(base)
+    relative = bool((base - shifted).abs().max() <= allowed)
     for constant in (0.0, 1.0, 0.7, 2.7):  # the mean of seven 0.7 in float32 is not 0.7
         out = subject.run(batch.with_rewards(torch.full_like(rewards, constant)))
         _finite(out, f"every reward {constant}")
-        largest = float(out[0][batch.response_mask].abs().max())
-        assert not relative or largest <= 1e-3, (
+        largest = _largest(out[0][batch.response_mask])
+        assert not relative or largest <= allowed, (
             f"it compares rewards, yet equal rewards of {constant} give an advantage of {largest:.3g}"
         )
+
+
+@_property("shaped rewards")
+def shaped_rewards(subject: Subject) -> None:
+    """Advantages follow token_rewards, which carry what shapes the reward, or `unshaped_rewards` is declared."""
+    batch = subject.batch()
+    shaped = torch.linspace(-1, 2, len(batch.group_index))[:, None] * batch.response_mask
+    changed = not torch.equal(
+        subject.run(batch)[0], subject.run(replace(batch, token_rewards=batch.token_rewards + shaped))[0]
+    )
+    assert changed or subject.needs["unshaped_rewards"], (
+        "advantages do not change with token_rewards, so a penalty in the reward would be lost: declare unshaped_rewards"
+    )
 
 
 @_property("singleton and uneven groups")
@@ -191,15 +213,25 @@ def extreme_rewards(subject: Subject) -> None:
 
 @_property("non-finite rewards")
 def non_finite_rewards(subject: Subject) -> None:
-    """NaN and infinity are refused by a ValueError that names the sample, instead of spreading."""
-    batch = subject.batch()
-    sample = 4
+    """NaN and infinity, wherever the trainer could bring them, are refused by a ValueError that names the sample."""
+    batch = make_batch((max(2, subject.smallest) + 5,) * 20, seed=5, functions=subject.functions)
+    firsts = torch.stack([(batch.group_index == group).nonzero()[0, 0] for group in range(20)])
+    sample = int(firsts.max())  # its number is not one that a message has for another reason
+    siblings = (batch.group_index == batch.group_index[sample]).nonzero()[:, 0]
     for value in (torch.nan, torch.inf, -torch.inf):
-        rewards = torch.ones(len(batch.group_index))
-        rewards[sample] = value
-        bad = replace(batch, token_rewards=on_last_token(rewards, batch.response_mask))
-        message = _refused(subject, bad, f"a reward of {value}")
-        assert str(sample) in message, f"the refusal does not name sample {sample}: {message}"
+        rewards = torch.ones(len(batch.group_index)).index_fill(0, torch.tensor([sample]), value)
+        bad = {"token_rewards": replace(batch, token_rewards=on_last_token(rewards, batch.response_mask))}
+        if subject.needs["greedy_baseline"]:  # the whole group has it
+            bad["greedy_rewards"] = replace(batch, greedy_rewards=batch.greedy_rewards.index_fill(0, siblings, value))
+        if subject.needs["per_function_rewards"]:
+            parts = batch.function_rewards.clone()
+            parts[sample, -1] = value
+            bad["function_rewards"] = replace(batch, function_rewards=parts)
+        for what, wrong in bad.items():
+            message = _refused(subject, wrong, f"a value of {value} in {what}")
+            named = {int(number) for number in re.findall(r"\b\d+\b", message)}
+            allowed = siblings.tolist() if what == "greedy_rewards" else [sample]
+            assert named & set(allowed), f"the refusal of {value} in {what} does not name sample {sample}: {message}"
 
 
 def _refused(subject: Subject, batch: Batch, what: str) -> str:
@@ -207,7 +239,9 @@ def _refused(subject: Subject, batch: Batch, what: str) -> str:
         subject.run(batch)
     except (ValueError, RecipeError) as error:
         return str(error)
-    raise AssertionError(f"{what} is not refused: raise ValueError (grpo_ds.estimators.base.check_batch does)")
+    raise AssertionError(
+        f"{what} is not refused: raise ValueError, as grpo_ds.estimators.base.check_batch and check_finite do"
+    )
 
 
 @_property("determinism")

@@ -11,8 +11,12 @@ outcome reward sits on the last response token. What an estimator needs from the
     min_group_size: int = 1               fewest sequences a group may have
     greedy_baseline: bool = False         the trainer scores one greedy rollout a prompt -> keyword `greedy_rewards`
     whole_batch: bool = False             statistics over all ranks -> keyword `all_reduce`, see `stats.AllReduce`
-    per_function_rewards: bool = False    each reward function's own value (N, K) -> keyword `function_rewards`
+    per_function_rewards: bool = False    each reward function's own value (N, K) -> keyword `function_rewards`;
+                                          an option `weights` is then `reward.weights` where it is not given
+    unshaped_rewards: bool = False        advantages do not look at token_rewards, so nothing may shape those: the trainer
+                                          refuses an overlong penalty and a KL placed in the reward
 
+A parameter `all_reduce` or `function_rewards` without its need is refused: it would silently stay at its default.
 Groups must not be split over processes; then `all_reduce` makes whole-batch estimators exact over any split by groups.
 A plain function with the same arguments also works; its keyword-only parameters are its options.
 """
@@ -36,9 +40,10 @@ REGISTRY = Registry(
     arguments=("token_rewards", "response_mask", "group_index"),
     needs={
         "min_group_size": Need(1),
-        "greedy_baseline": Need(False, keyword="greedy_rewards"),
+        "greedy_baseline": Need(False, keyword="greedy_rewards", in_every_signature=True),
         "whole_batch": Need(False, keyword="all_reduce"),
         "per_function_rewards": Need(False, keyword="function_rewards"),
+        "unshaped_rewards": Need(False),
     },
     keywords=("greedy_rewards", "all_reduce", "function_rewards"),
 )

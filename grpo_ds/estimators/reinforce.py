@@ -138,7 +138,8 @@ class Gdpo:
     """Each reward function is normalised in its group as in `grpo`, then summed with weights, then whitened.
 
     `function_rewards` (N, K): the value of each reward function for each sequence. `returns` is R_i. Whitening is over
-    all response tokens of all ranks.
+    all response tokens of all ranks. Shaping of the summed reward has no place here: beside values in units of their
+    standard deviation its size would mean nothing, and normalised it would lose its size; so it is refused.
 
     >>> parts = torch.tensor([[1.0, 100.0], [3.0, 100.0]])
     >>> estimator = Gdpo(whiten_eps=0.0, ddof=0)
@@ -148,7 +149,7 @@ class Gdpo:
     """
 
     weights: list[float] | None = None
-    """Weight of each reward function; null: 1 each."""
+    """Weight of each reward function; null: those of `reward.weights`, else 1 each."""
     norm_by_std: bool = True
     """Divide by the group's standard deviation."""
     eps: float = 1e-6
@@ -162,6 +163,7 @@ class Gdpo:
 
     whole_batch: ClassVar[bool] = True
     per_function_rewards: ClassVar[bool] = True
+    unshaped_rewards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_not_negative(eps=self.eps, whiten_eps=self.whiten_eps)

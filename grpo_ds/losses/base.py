@@ -20,7 +20,7 @@ from torch import Tensor
 from grpo_ds.plugins import Registry
 
 LOG_RATIO_LIMIT = 20.0
-"""|log ratio| above which exp() says nothing any more; part of the definition of the losses, no knob."""
+"""|log ratio|, of a token or a sequence, above which its exp() says nothing any more; part of the definition, no knob."""
 
 REGISTRY = Registry(
     group="grpo_ds.losses",

@@ -1,7 +1,8 @@
 """The built-in policy losses.
 
-q = logprobs - old_logprobs, clamped to +-20; rho = exp(q); A the token's advantage; sg stops the gradient. Every loss
-is to be minimised. In the examples one token has rho = 2.
+q = logprobs - old_logprobs; rho = exp(q); A the token's advantage; sg stops the gradient. Every loss is to be minimised.
+Where exp is taken its argument is clamped to +-20, and only there: a mean over a sequence is the mean of q itself. In
+the examples one token has rho = 2.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ Result = tuple[Tensor, dict[str, Tensor]]
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    return (logprobs - old_logprobs.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return logprobs - old_logprobs.detach()
+
+
+def _clamped(q: Tensor) -> Tensor:
+    return q.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def _stats(q: Tensor, **tokens: Tensor) -> dict[str, Tensor]:
     """Sums over tokens: the ratio, the k3 estimate of KL(old || current), and how many tokens each condition holds."""
-    q = q.detach().to(torch.float32)
+    q = _clamped(q.detach().to(torch.float32))
     ratio = q.exp()
     sums = {"ratio_sum": ratio.sum(), "kl_old_sum": (ratio - 1 - q).sum()}
     return sums | {name: hit.detach().sum().to(torch.float32) for name, hit in tokens.items()}
@@ -71,7 +76,7 @@ class Vanilla:
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor) -> Result:
         q = _log_ratio(logprobs, old_logprobs)
-        loss, held = _clipped(q.exp(), advantages, self.clip_ratio_low, self.clip_ratio_high)
+        loss, held = _clipped(_clamped(q).exp(), advantages, self.clip_ratio_low, self.clip_ratio_high)
         if self.dual_clip is not None:
             bound = -advantages * self.dual_clip
             held["dual_clip_tokens"] = (advantages < 0) & (loss > bound)
@@ -101,7 +106,7 @@ class Gspo:
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor) -> Result:
         q = _log_ratio(logprobs, old_logprobs).detach()
-        s = sequence_means(q, sequence_index)
+        s = _clamped(sequence_means(q, sequence_index))
         ratio = (logprobs - logprobs.detach() + s).exp()
         loss, held = _clipped(ratio, advantages, self.clip_ratio_low, self.clip_ratio_high)
         return loss, _stats(q, **held)
@@ -128,7 +133,7 @@ class Cispo:
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor) -> Result:
         q = _log_ratio(logprobs, old_logprobs).detach()
-        ratio, low, high = q.exp(), 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
+        ratio, low, high = _clamped(q).exp(), 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
         loss = -ratio.clamp(low, high) * advantages * logprobs
         return loss, _stats(q, clip_low_tokens=ratio < low, clip_high_tokens=ratio > high)
 
@@ -156,7 +161,7 @@ class Sapo:
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor) -> Result:
         q = _log_ratio(logprobs, old_logprobs)
         tau = torch.full_like(q, self.tau_neg).masked_fill(advantages > 0, self.tau_pos)
-        return -advantages * 4 / tau * torch.sigmoid(tau * (q.exp() - 1)), _stats(q)
+        return -advantages * 4 / tau * torch.sigmoid(tau * (_clamped(q).exp() - 1)), _stats(q)
 
 
 @register("gmpo")
@@ -185,7 +190,7 @@ class Gmpo:
         q = _log_ratio(logprobs, old_logprobs)
         sign = advantages.sign()
         held_q = sign * torch.minimum(sign * q, sign * q.clamp(-self.clip_ratio_low, self.clip_ratio_high))
-        loss = -advantages * sequence_means(held_q, sequence_index).exp()
+        loss = -advantages * _clamped(sequence_means(held_q, sequence_index)).exp()
         low = (advantages < 0) & (q < -self.clip_ratio_low)
         high = (advantages > 0) & (q > self.clip_ratio_high)
         return loss, _stats(q, clip_low_tokens=low, clip_high_tokens=high)

@@ -1,4 +1,4 @@
-"""The example package, installed by pip, trains two steps with real DeepSpeed ranks and a real vLLM server."""
+"""The example package, installed by pip, trains: in the published DAPO recipe, and with ranks and a real vLLM server."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import ROOT, read_jsonl, run
+from tests.e2e.harness import read_jsonl, run
+from tests.e2e_plugins.dapo import DEMO, ON_THE_DEMO, check_dapo
 from tests.plugins.conftest import pip_install
 
 __all__ = ["pip_install"]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-DEMO = ROOT / "recipes" / "demo"
+pytestmark = pytest.mark.timeout(900)
 RECIPE = f"""
 model: {{path: {DEMO}/model}}
 data: {{train: {DEMO}/train.jsonl, max_prompt_tokens: 16}}
@@ -28,11 +28,22 @@ run: {{name: plugin}}
 """
 
 
-def test_the_example_plugin_trains(
-    pip_install: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def example(pip_install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that a test starts have the package installed."""
     paths = [str(pip_install("example_estimator")), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+def test_the_example_plugin_trains_in_the_published_dapo_recipe(example: None, tmp_path: Path) -> None:
+    mine = ["--reward.functions", "[arithmetic, digits_right]", "--reward.weights", "[2.0, 0.0]"]
+    mine += ["--algorithm.adv_estimator", "midpoint", "--algorithm.estimator_args.scale", "0.5"]
+    rollouts = check_dapo(run([*ON_THE_DEMO, *mine, "--train.rounds", "2"], tmp_path), rounds=2)
+    assert any(0 < line["rewards"]["digits_right"] < 1 for line in rollouts), "the package's own reward"
+
+
+@pytest.mark.slow
+def test_the_example_plugin_trains(example: None, tmp_path: Path) -> None:
     (tmp_path / "plugin.yaml").write_text(RECIPE)
     done = run(["--recipe", "plugin.yaml"], tmp_path, "deepspeed")
     assert done.process.returncode == 0, done.screen

@@ -1,4 +1,4 @@
-"""Every recipe of the demo trains for three rounds, as a user starts it, with the in-process engine."""
+"""Every recipe of the demo, and DAPO's, trains for three rounds, as a user starts it, with the in-process engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import ROOT, read_jsonl, run
+from tests.e2e_plugins.dapo import ON_THE_DEMO, check_dapo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DEMOS = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if "path: demo/model" in path.read_text())
@@ -30,3 +31,7 @@ def test_a_demo_recipe_trains_three_rounds(name: str, tmp_path: Path) -> None:
         for row in rounds:  # greedy responses count in the cost, and nowhere else
             assert row["tokens_generated"] == row["tokens_trained"] + row["baseline_tokens"]
             assert row["baseline_tokens"] > 0
+
+
+def test_dapo_with_all_its_parts_trains_three_rounds_on_the_demo(tmp_path: Path) -> None:
+    check_dapo(run([*ON_THE_DEMO, "--train.rounds", "3"], tmp_path), rounds=3)

@@ -79,6 +79,15 @@ CASES = [
     Broken("no function", "not_callable", "broken_plugins:SETTINGS is a dict, not a class or a function"),
     Broken("no __call__", "instance_not_callable", "instances of broken_plugins:Silent cannot be called"),
     Broken("need it cannot take", "deaf", "cannot be called with (token_rewards, response_mask, group_index, greedy_"),
+    Broken(
+        "need it does not declare", "forgetful", "takes all_reduce but does not declare whole_batch, so the trainer"
+    ),
+    Broken("need of a wrong type", "vague", "its need min_group_size is 'yes', not a int", options={"beta": 1}),
+    Broken(
+        "constructor raises",
+        "eager",
+        "making broken_plugins:Eager from its options failed with RuntimeError: no accelerator was found (",
+    ),
     Broken("unmet need", "hungry", "needs at least 64 of them: rollout.n is 8"),
 ]
 
@@ -108,6 +117,20 @@ def test_the_list_shows_each_broken_plugin_with_its_sentence(installed: Path) ->
         if case.name not in fine | {"leaving"}:
             row = rows[case.name]
             assert case.message in (row.problem or "") and OWN in row.source
+
+
+def test_the_trainers_help_gives_each_broken_plugin_its_sentence_and_goes_on(
+    installed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_recipe(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for case in CASES:
+        if case.name not in ("picky", "hungry", "leaving"):
+            assert case.message in text
+    assert "      alpha: float (default 0.5)  A number.\n" in text.partition("  picky  [broken-plugins 0.9]\n")[2]
+    assert "grpo_ds.rewards (" in text.partition("grpo_ds.filters (")[2], "the groups after the broken one"
 
 
 def test_when_the_distributions_are_gone_so_are_their_plugins() -> None:

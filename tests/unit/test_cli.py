@@ -31,7 +31,7 @@ def test_plugins_lists_every_group_with_source_needs_and_options(capsys: pytest.
     grpo = text.partition("  grpo  [")[2].partition("\n  grpo_")[0]
     assert "norm_by_std: bool (default True)  Divide by the group's standard deviation." in grpo
     gdpo = text.partition("  gdpo  [")[2].partition("\n  gpg")[0]
-    assert "needs: whole_batch, per_function_rewards\n" in gdpo
+    assert "needs: whole_batch, per_function_rewards, unshaped_rewards\n" in gdpo
     assert "needs: min_group_size 2\n" in text.partition("  grpo_passk  [")[2].partition("\n  grpo_v")[0]
 
 
@@ -79,11 +79,14 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert message in error and error.count("\n") == 1
 
 
-def test_the_help_of_the_trainer_shows_the_options_of_estimators_and_losses() -> None:
+def test_the_help_of_the_trainer_shows_the_options_of_every_plugin_of_every_group() -> None:
     text = plugin_help()
     assert "algorithm.estimator_args" in text and "norm_by_std: bool (default True)" in text
     assert "actor.policy_loss_args" in text and "dual_clip: float | None (default None)" in text
-    assert "grpo_ds.rewards (" not in text
+    assert "algorithm.filter_groups.filter_args" in text and "tolerance: float (default 0.0)" in text
+    for group in GROUPS:
+        for row in list_plugins(group):
+            assert f"  {row.name}  [" in text.partition(f"{group} (")[2].partition("\n\n")[0]
 
 
 def test_asking_for_help_imports_no_torch() -> None:

@@ -14,10 +14,16 @@ from grpo_ds.config import RecipeError
 from grpo_ds.conformance import PROPERTIES, Subject, check_estimator, estimator_suite
 from grpo_ds.conformance.estimators import _result
 from grpo_ds.estimators import REGISTRY
-from grpo_ds.estimators.base import check_batch
+from grpo_ds.estimators.base import check_batch, check_finite
 
 Out = tuple[Tensor, Tensor]
-NO_NEEDS = {"min_group_size": 1, "greedy_baseline": False, "whole_batch": False, "per_function_rewards": False}
+NO_NEEDS = {
+    "min_group_size": 1,
+    "greedy_baseline": False,
+    "whole_batch": False,
+    "per_function_rewards": False,
+    "unshaped_rewards": False,
+}
 TestGrpoByItsSuite = estimator_suite("grpo", ddof=0)
 """What an author of a plugin writes; pytest collects one test a property."""
 
@@ -106,10 +112,36 @@ def uses_the_whole_batch_silently(rewards: Tensor, mask: Tensor, groups: Tensor)
     return advantages / (advantages.abs().max() + 1.0), returns
 
 
+def carries_a_gradient(rewards: Tensor, mask: Tensor, groups: Tensor) -> Out:
+    advantages, returns = centred(rewards, mask, groups)
+    return advantages.requires_grad_(), returns
+
+
+def returns_one_value_a_sample(rewards: Tensor, mask: Tensor, groups: Tensor) -> Out:
+    advantages, returns = centred(rewards, mask, groups)
+    return advantages, returns[:, :1]
+
+
+def is_small(estimator: Callable[..., Out]) -> Callable[..., Out]:
+    """The same mistake where advantages are of the size 1e-5."""
+
+    def small(rewards: Tensor, mask: Tensor, groups: Tensor) -> Out:
+        advantages, returns = estimator(rewards, mask, groups)
+        return advantages * 1e-5, returns
+
+    return small
+
+
+def refuses_without_a_name(rewards: Tensor, mask: Tensor, groups: Tensor) -> Out:
+    if not rewards.isfinite().all():
+        raise ValueError(f"of {len(rewards)} samples of {mask.shape[1]} tokens one is not finite in float64")
+    return centred(rewards, mask, groups)
+
+
 def failed(estimator: Callable[..., Any], **needs: bool | int) -> dict[str, str]:
     subject = Subject("estimator under test", estimator, {**NO_NEEDS, **needs}, functions=2)
     results = [_result(title, check, subject) for title, check in PROPERTIES.items()]
-    assert len(results) == 12
+    assert len(results) == 13
     return {result.property: result.detail for result in results if not result.passed}
 
 
@@ -137,29 +169,79 @@ def test_a_sound_function_passes() -> None:
     assert failed(centred) == {}
 
 
-@pytest.mark.parametrize(
-    ("estimator", "property_", "words"),
-    [
-        (wrong_dtype, "shape and dtype", "advantages are torch.float64, not torch.float32"),
-        (writes_outside_the_mask, "zero outside the mask", "advantages are not 0 at"),
-        (leaks_padding, "right padding", "by other padding"),
-        (depends_on_order, "permutation of samples", "by reordering the samples"),
-        (reads_labels, "relabelled groups", "by other group labels"),
-        (divides_by_zero, "constant rewards", "are nan with every reward 0.0"),
-        (amplifies_rounding, "constant rewards", "equal rewards of 0.7 give an advantage of"),
-        (breaks_on_one, "singleton and uneven groups", "are nan with uneven groups"),
-        (overflows, "extreme rewards", "with rewards of 1e6"),
-        (spreads_nan, "non-finite rewards", "a reward of nan is not refused"),
-        (changes_inputs, "inputs not modified", "token_rewards was changed in place"),
-        (uses_the_whole_batch_silently, "split over ranks", "need whole_batch and all_reduce"),
-    ],
-)
+BROKEN: list[tuple[Callable[..., Any], str, str]] = [
+    (wrong_dtype, "shape and dtype", "advantages are torch.float64, not torch.float32"),
+    (carries_a_gradient, "shape and dtype", "advantages require a gradient"),
+    (writes_outside_the_mask, "zero outside the mask", "advantages are not 0 at"),
+    (leaks_padding, "right padding", "by other padding"),
+    (is_small(leaks_padding), "right padding", "by other padding"),
+    (depends_on_order, "permutation of samples", "by reordering the samples"),
+    (is_small(depends_on_order), "permutation of samples", "by reordering the samples"),
+    (reads_labels, "relabelled groups", "by other group labels"),
+    (is_small(reads_labels), "relabelled groups", "by other group labels"),
+    (divides_by_zero, "constant rewards", "are nan with every reward 0.0"),
+    (amplifies_rounding, "constant rewards", "equal rewards of 0.7 give an advantage of"),
+    (is_small(amplifies_rounding), "constant rewards", "equal rewards of 0.7 give an advantage of"),
+    (breaks_on_one, "singleton and uneven groups", "are nan with uneven groups"),
+    (overflows, "extreme rewards", "with rewards of 1e6"),
+    (spreads_nan, "non-finite rewards", "a value of nan in token_rewards is not refused"),
+    (
+        refuses_without_a_name,
+        "non-finite rewards",
+        "the refusal of nan in token_rewards does not name sample 79: of 140",
+    ),
+    (changes_inputs, "inputs not modified", "token_rewards was changed in place"),
+    (uses_the_whole_batch_silently, "split over ranks", "need whole_batch and all_reduce"),
+    (is_small(uses_the_whole_batch_silently), "split over ranks", "need whole_batch and all_reduce"),
+]
+
+
+@pytest.mark.parametrize(("estimator", "property_", "words"), BROKEN)
 def test_a_broken_estimator_fails_exactly_the_property_it_breaks(
     estimator: Callable[..., Any], property_: str, words: str
 ) -> None:
     problems = failed(estimator)
     assert list(problems) == [property_]
     assert words in problems[property_]
+
+
+def test_results_of_another_shape_are_found() -> None:
+    assert failed(returns_one_value_a_sample)["shape and dtype"].startswith("returns have shape (")
+
+
+def test_a_greedy_reward_that_is_not_finite_must_be_refused() -> None:
+    def follows_greedy(rewards: Tensor, mask: Tensor, groups: Tensor, greedy_rewards: Tensor) -> Out:
+        batch = check_batch(rewards, mask, groups)
+        return batch.spread(batch.totals - greedy_rewards), batch.spread(batch.totals)
+
+    problems = failed(follows_greedy, greedy_baseline=True)
+    assert list(problems) == ["non-finite rewards"]
+    assert "a value of nan in greedy_rewards is not refused" in problems["non-finite rewards"]
+
+
+def by_function(rewards: Tensor, mask: Tensor, groups: Tensor, *, function_rewards: Tensor) -> Out:
+    """Sums the functions' rewards, each minus its group's mean, and looks at nothing else."""
+    batch = check_batch(rewards, mask, groups)
+    parts = function_rewards.double().nan_to_num(0.0, 0.0, 0.0)
+    return batch.spread(torch.stack([batch.groups.deviation(part) for part in parts.unbind(1)]).sum(0)), (
+        batch.spread(batch.totals)
+    )
+
+
+def test_a_function_reward_that_is_not_finite_must_be_refused() -> None:
+    problems = failed(by_function, per_function_rewards=True, unshaped_rewards=True)
+    assert list(problems) == ["non-finite rewards"]
+    assert "a value of nan in function_rewards is not refused" in problems["non-finite rewards"]
+
+
+def test_an_estimator_that_looks_at_single_rewards_alone_must_say_that_shaping_is_lost() -> None:
+    problems = failed(by_function, per_function_rewards=True)
+    assert problems["shaped rewards"].endswith("so a penalty in the reward would be lost: declare unshaped_rewards")
+
+
+def test_every_property_is_seen_to_fail() -> None:
+    broken = {property_ for _, property_, _ in BROKEN} | {"determinism", "shaped rewards"}  # these two: tests above
+    assert broken == set(PROPERTIES)
 
 
 def test_a_random_estimator_is_not_deterministic() -> None:
@@ -172,8 +254,8 @@ def test_a_random_estimator_is_not_deterministic() -> None:
 
 def test_an_estimator_with_a_smallest_group_must_refuse_smaller_ones() -> None:
     assert failed(centred, min_group_size=2) == {
-        "singleton and uneven groups": "a group of 1 (min_group_size is 2) is not refused: raise ValueError "
-        "(grpo_ds.estimators.base.check_batch does)"
+        "singleton and uneven groups": "a group of 1 (min_group_size is 2) is not refused: raise ValueError, "
+        "as grpo_ds.estimators.base.check_batch and check_finite do"
     }
 
 
@@ -233,6 +315,8 @@ def test_what_an_estimator_declares_to_need_is_delivered() -> None:
             self, rewards: Tensor, mask: Tensor, groups: Tensor, *, greedy_rewards: Tensor, function_rewards: Tensor
         ) -> Out:
             assert greedy_rewards.shape == groups.shape and function_rewards.shape == (len(groups), 2)
+            check_finite("greedy_rewards", greedy_rewards)
+            check_finite("function_rewards", function_rewards)
             return centred(rewards, mask, groups)
 
     assert failed(Curious(), greedy_baseline=True, per_function_rewards=True) == {}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_ds.estimators import REGISTRY, get_estimator
@@ -62,7 +64,7 @@ def mean(values: list[float]) -> float:
 
 
 def std(values: list[float]) -> float:
-    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1))
+    return math.sqrt(sum((v - mean(values)) ** 2 for v in values) / max(len(values) - 1, 1))
 
 
 def on_tokens(x: dict[str, Any], per_sample: list[float]) -> Rows:
@@ -209,6 +211,49 @@ def test_advantages_equal_the_formula(
     assert advantages.dtype == returns.dtype == torch.float32
     torch.testing.assert_close(advantages, torch.tensor(expected), rtol=1e-6, atol=1e-6)
     assert not advantages[batch["response_mask"] == 0].any() and not returns[batch["response_mask"] == 0].any()
+
+
+# Multiples of 1/8 add up exactly in any order: whether a sum is 0 or two are equal is then no matter of rounding.
+EIGHTHS = st.integers(-64, 64).map(lambda k: k / 8)
+
+
+@st.composite
+def batches(draw: st.DrawFn, smallest: int) -> dict[str, Tensor]:
+    """Groups of `smallest` to 5 members in any order, masks with at least one token anywhere, rewards often equal."""
+    sizes = draw(st.lists(st.integers(smallest, 5), min_size=1, max_size=4))
+    labels = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=len(sizes), max_size=len(sizes), unique=True))
+    index = draw(st.permutations([label for label, size in zip(labels, sizes, strict=True) for _ in range(size)]))
+    n, width = len(index), draw(st.integers(1, 6))
+    value = draw(st.sampled_from([EIGHTHS, st.sampled_from([0.0, 1.0])]))
+
+    def rows(of: st.SearchStrategy[Any], columns: int) -> list[list[Any]]:
+        flat = draw(st.lists(of, min_size=n * columns, max_size=n * columns))
+        return [flat[i * columns : (i + 1) * columns] for i in range(n)]
+
+    mask = rows(st.booleans(), width)
+    for row, keep in zip(mask, draw(st.lists(st.integers(0, width - 1), min_size=n, max_size=n)), strict=True):
+        row[keep] = True
+    greedy = dict(zip(labels, draw(st.lists(EIGHTHS, min_size=len(labels), max_size=len(labels))), strict=True))
+    return {
+        "token_rewards": torch.tensor(rows(value, width)),
+        "response_mask": torch.tensor(mask),
+        "group_index": torch.tensor(index),
+        "greedy_rewards": torch.tensor([greedy[label] for label in index]),
+        "function_rewards": torch.tensor(rows(value, 3)),
+    }
+
+
+@pytest.mark.parametrize(("name", "options", "formula"), CASES, ids=ids)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_advantages_equal_the_formula_on_any_groups_and_masks(
+    name: str, options: dict[str, Any], formula: Callable[[dict[str, Any]], Rows], data: st.DataObject
+) -> None:
+    batch = data.draw(batches(int(REGISTRY.needs(name)["min_group_size"])))
+    advantages, returns = call(get_estimator(name, **options), batch)
+    expected = formula({key: value.tolist() for key, value in batch.items()})
+    torch.testing.assert_close(advantages, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+    assert not advantages[~batch["response_mask"]].any() and not returns[~batch["response_mask"]].any()
 
 
 @pytest.mark.parametrize("name", ["reinforce_plus_plus", "remax"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_ds.config import RecipeError
 from grpo_ds.estimators import REGISTRY, estimator_options, get_estimator
 from grpo_ds.estimators.stats import find_groups, rewards_to_go, whiten
+from tests.benchmarks import estimators as benchmark
 
 GROUP_RELATIVE = ["grpo", "grpo_vectorized", "dr_grpo", "grpo_passk", "rloo", "opo", "gpg", "maxrl"]
 
@@ -105,35 +106,46 @@ def test_whitening_does_not_cancel_far_from_zero() -> None:
     assert whiten(values, mask, eps=0.0, ddof=0, all_reduce=None).tolist() == [[-1.0, 1.0]]
 
 
+def extras(name: str, samples: int) -> dict[str, Any]:
+    """What the trainer delivers beside the three arguments, for so many samples and two reward functions."""
+    needs = REGISTRY.needs(name)
+    greedy = {"greedy_rewards": torch.zeros(samples)} if needs["greedy_baseline"] else {}
+    return greedy | ({"function_rewards": torch.zeros(samples, 2)} if needs["per_function_rewards"] else {})
+
+
 @pytest.mark.parametrize("name", sorted(REGISTRY._builtin))
 def test_an_empty_batch_gives_an_empty_result(name: str) -> None:
-    extra: dict[str, Any] = {}
-    if REGISTRY.needs(name)["greedy_baseline"]:
-        extra["greedy_rewards"] = torch.zeros(0)
-    if REGISTRY.needs(name)["per_function_rewards"]:
-        extra["function_rewards"] = torch.zeros(0, 2)
     empty = torch.zeros(0, 4)
-    advantages, returns = get_estimator(name)(empty, empty, torch.zeros(0, dtype=torch.int64), **extra)
+    advantages, returns = get_estimator(name)(empty, empty, torch.zeros(0, dtype=torch.int64), **extras(name, 0))
     assert advantages.shape == returns.shape == (0, 4)
 
 
-@pytest.mark.parametrize("name", sorted(set(REGISTRY._builtin) - {"gdpo", "remax"}))
+@pytest.mark.parametrize("name", sorted(REGISTRY._builtin))
 def test_bad_inputs_name_the_sample(name: str) -> None:
-    estimator = get_estimator(name)
+    estimator, extra = get_estimator(name), extras(name, 4)
     rewards, mask, index = torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
-    for value in (float("nan"), float("inf")):
-        bad = rewards.clone()
-        bad[2, 1] = value
-        with pytest.raises(ValueError, match="token_rewards of sample 2 is not finite"):
-            estimator(bad, mask, index)
+    mask[2, 1] = 0
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for token in (0, 1):  # inside the mask and outside of it
+            bad = rewards.clone()
+            bad[2, token] = value
+            with pytest.raises(ValueError, match="token_rewards of sample 2 is not finite"):
+                estimator(bad, mask, index, **extra)
     hole = mask.clone()
     hole[3] = 0
     with pytest.raises(ValueError, match="response_mask of sample 3 has no token"):
-        estimator(rewards, hole, index)
+        estimator(rewards, hole, index, **extra)
     with pytest.raises(ValueError, match=r"group_index has shape \(3,\) for 4 samples: sample 3"):
-        estimator(rewards, mask, index[:3])
+        estimator(rewards, mask, index[:3], **extra)
+    with pytest.raises(ValueError, match=r"group_index has shape \(5,\) for 4 samples"):
+        estimator(rewards, mask, torch.zeros(5, dtype=torch.int64), **extra)
     with pytest.raises(ValueError, match="must have the same shape"):
-        estimator(rewards, mask[:, :1], index)
+        estimator(rewards, mask[:, :1], index, **extra)
+
+
+def test_finite_rewards_whose_sum_overflows_are_finite() -> None:
+    advantages, _ = get_estimator("dr_grpo")(*outcome([3e38, 3e38, 3e38]))
+    assert not advantages.any()
 
 
 def test_remax_names_the_sample_without_a_greedy_reward() -> None:
@@ -232,3 +244,12 @@ def test_a_constant_added_to_all_rewards_of_a_group_changes_no_advantage(
         estimator = get_estimator(name, **({"eps": 1e-3} if name in ("grpo", "grpo_passk") else {}))
         before, after = estimator(precise, mask, index)[0], estimator(precise + shift, mask, index)[0]
         torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_times_every_built_in_and_its_loops_agree() -> None:
+    assert {name for name, _, _ in benchmark.LOOPS} == set(REGISTRY._builtin)
+    args, everything = benchmark.make_batch(groups=16, size=4, tokens=6)
+    for name, options, loop in benchmark.LOOPS:
+        needs = benchmark.declared(name, everything)
+        advantages, _ = get_estimator(name, **options)(*args, **needs)
+        torch.testing.assert_close(advantages, loop(args, needs).float(), rtol=1e-5, atol=1e-5)

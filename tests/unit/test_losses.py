@@ -151,6 +151,24 @@ def test_gspo_gives_every_token_the_ratio_of_its_sequence_and_its_own_gradient()
     assert lp.grad.tolist() == pytest.approx([-1.0, -1.0, -math.exp(0.05)])
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "q", "advantage", "log_ratio"),
+    [
+        ("gspo", {"clip_ratio_low": 1.0}, (-30.0, 26.0), 1.0, -2.0),  # (-20 + 20) / 2 = 0 if each token were clamped
+        ("gspo", {"clip_ratio_low": 1.0}, (-90.0, 10.0), 1.0, -20.0),
+        ("gmpo", {}, (-30.0, 0.0), 1.0, -15.0),
+        ("gmpo", {"clip_ratio_low": 0.3}, (30.0, -0.4), -1.0, 14.85),
+        ("gmpo", {}, (90.0, 10.0), -1.0, 20.0),
+    ],
+)
+def test_the_ratio_of_a_sequence_is_clamped_where_its_exp_is_taken_and_no_token_before(
+    name: str, options: dict[str, Any], q: tuple[float, float], advantage: float, log_ratio: float
+) -> None:
+    lp, zero = torch.tensor(q, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    loss, _ = get_policy_loss(name, **options)(lp, zero, zero + advantage, torch.tensor([0, 0]))
+    assert loss.tolist() == pytest.approx([-advantage * math.exp(log_ratio)] * 2)
+
+
 @pytest.mark.parametrize("name", sorted(set(REGISTRY._builtin)))
 @pytest.mark.parametrize("gap", [-1000.0, 1000.0])
 def test_an_extreme_ratio_overflows_nowhere(name: str, gap: float) -> None:

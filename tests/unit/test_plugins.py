@@ -18,7 +18,9 @@ GROUP = "grpo_ds_tests.plugins"
 GOOD = """
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
+
+T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
@@ -34,6 +36,11 @@ class Scale:
 def shift(x: Tensor, *, by: int = 1, extra=None):
     return x + by
 
+shift.hungry = True
+
+def undeclared(x, *, extra=None):
+    return x
+
 class Two:
     def __call__(self, x, y):
         return x
@@ -48,6 +55,34 @@ class NotCallable:
 
 class WrongNeed:
     hungry = "yes"
+    def __call__(self, x):
+        return x
+
+class NeedsOnly(WrongNeed):
+    def __init__(self, *, size: int) -> None:
+        pass
+
+class Crashes:
+    def __init__(self, *, error: str = "RuntimeError"):
+        raise {"RuntimeError": RuntimeError, "ImportError": ImportError, "SystemExit": SystemExit}[error]("no GPU\\nhere")
+    def __call__(self, x):
+        return x
+
+class Lazy:
+    @property
+    def hungry(self):
+        raise OSError("not now")
+    def __call__(self, x):
+        return x
+
+class Native(int):
+    __signature__ = 5
+    def __call__(self, x):
+        return x
+
+class OddHint:
+    def __init__(self, *, size: T = 3):
+        pass
     def __call__(self, x):
         return x
 
@@ -175,6 +210,13 @@ def test_an_entry_point_cannot_replace_a_built_in(plugins: Registry, install: In
         ("pkg_bad:NotCallable", "cannot be called"),
         ("pkg_bad:Two", "cannot be called with (x): missing a required argument: 'y'"),
         ("pkg_bad:Deaf", "cannot be called with (x, extra=...)"),
+        (
+            "pkg_bad:undeclared",
+            "takes extra but does not declare hungry, so the trainer would never pass it: set hungry",
+        ),
+        ("pkg_bad:Crashes", "making pkg_bad:Crashes from its options failed with RuntimeError: no GPU (/"),
+        ("pkg_bad:Lazy", "reading its needs and signature failed with OSError: not now (/"),
+        ("pkg_bad:Native", "reading its options failed with TypeError"),
         ("pkg_bad:WrongNeed", "its need hungry is 'yes', not a bool"),
         ("pkg_bad:Unresolvable", "the annotation 'Elsewhere' of its option 'size' cannot be resolved"),
         ("pkg_bad:Required", "needs its option 'size' (int)"),
@@ -187,6 +229,42 @@ def test_each_mistake_of_a_plugin_is_one_sentence(
     install("pkg_bad", "0.3", GOOD, {"bad": target})
     text = refused(plugins, "bad")
     assert text.startswith("gadget 'bad' from pkg_bad 0.3") and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ImportError", "SystemExit"])
+def test_whatever_a_constructor_raises_is_one_sentence(plugins: Registry, install: Install, error: str) -> None:
+    install("pkg_crashes", "0.3", GOOD, {"bad": "pkg_crashes:Crashes"})
+    text = refused(plugins, "bad", error=error)
+    assert text.startswith(
+        "gadget 'bad' from pkg_crashes 0.3: making pkg_crashes:Crashes from its options failed with "
+    )
+    assert f"{error}: no GPU (" in text and "pkg_crashes.py:" in text and "\n" not in text
+
+
+def test_an_annotation_that_no_value_can_be_checked_against_is_one_sentence(
+    plugins: Registry, install: Install
+) -> None:
+    install("pkg_odd", "0.3", GOOD, {"bad": "pkg_odd:OddHint"})
+    assert "gadget 'bad' from pkg_odd 0.3: checking its options failed with TypeError" in refused(
+        plugins, "bad", size=2
+    )
+
+
+def test_a_module_that_imports_its_parts_only_when_asked_may_fail_then(plugins: Registry, install: Install) -> None:
+    source = "def __getattr__(name):\n    raise ImportError(f'{name} needs a library')\n"
+    install("pkg_late", "0.3", source, {"bad": "pkg_late:Scale"})
+    text = refused(plugins, "bad")
+    assert "from pkg_late 0.3: importing pkg_late failed with ImportError: Scale needs a library (" in text
+
+
+def test_a_broken_plugin_costs_its_own_row_of_the_list_and_no_other(plugins: Registry, install: Install) -> None:
+    broken = ["Crashes", "NeedsOnly", "Lazy", "Native", "WrongNeed", "Unresolvable", "undeclared"]
+    install("pkg_rows", "0.3", GOOD, {name.lower(): f"pkg_rows:{name}" for name in [*broken, "Scale", "Required"]})
+    rows = {row.name: row for row in list_plugins(GROUP)}
+    for name in broken:
+        text = rows[name.lower()].problem or ""
+        assert text.startswith(f"gadget '{name.lower()}' from pkg_rows 0.3") and "\n" not in text
+    assert all(rows[name].problem is None for name in ("plain", "scale", "required"))
 
 
 def test_an_error_while_importing_is_reported_with_its_type(plugins: Registry, install: Install) -> None:

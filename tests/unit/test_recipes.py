@@ -120,3 +120,49 @@ def test_an_option_that_a_recipe_misspells_is_refused_before_anything_loads() ->
     recipe = read_recipe(["--recipe", "dapo_qwen", "--actor.policy_loss_args.dual_clap=3.0"])[0]
     with pytest.raises(RecipeError, match="no option 'dual_clap', did you mean 'dual_clip'"):
         build_policy_loss(recipe)
+
+
+GDPO = ["--recipe", "quickstart", "--algorithm.adv_estimator", "gdpo"]
+OVERLONG = ["--reward.overlong_buffer_len", "4"]
+KL_IN_REWARD = ["--actor.kl_placement", "reward", "--actor.kl_loss_coef", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("shaping", "way_out"),
+    [
+        (OVERLONG, r"set reward.overlong_buffer_len \(4\) to 0, or make the penalty one of reward.functions"),
+        (KL_IN_REWARD, r"set actor.kl_placement \(reward\) to loss"),
+    ],
+)
+def test_shaping_is_refused_where_the_estimator_would_not_see_it(shaping: list[str], way_out: str) -> None:
+    with pytest.raises(RecipeError, match=f"estimator 'gdpo' from .* shaping it would have no effect: {way_out}"):
+        build_estimator(read_recipe([*GDPO, *shaping])[0])
+    build_estimator(read_recipe(["--recipe", "quickstart", *shaping])[0])
+
+
+@pytest.mark.parametrize(
+    "without_effect", [[*OVERLONG, "--reward.overlong_penalty_factor", "0"], [*KL_IN_REWARD[:3], "0"], []]
+)
+def test_shaping_of_size_zero_is_no_shaping(without_effect: list[str]) -> None:
+    assert build_estimator(read_recipe([*GDPO, *without_effect])[0])[1]["unshaped_rewards"]
+
+
+def test_reward_weights_reach_an_estimator_of_single_rewards_and_must_be_one_a_function() -> None:
+    two = [*GDPO, "--reward.functions", "[arithmetic, exact_match]"]
+    weighted = [*two, "--reward.weights", "[0.5, 2.0]"]
+    assert build_estimator(read_recipe(two)[0])[0].weights is None
+    assert build_estimator(read_recipe(weighted)[0])[0].weights == [0.5, 2.0]
+    own = "--algorithm.estimator_args.weights"
+    assert build_estimator(read_recipe([*weighted, own, "[1.0, 3.0]"])[0])[0].weights == [1.0, 3.0]
+    with pytest.raises(RecipeError, match="estimator_args.weights has 3 entries for 2 reward.functions"):
+        build_estimator(read_recipe([*two, own, "[1.0, 2.0, 3.0]"])[0])
+
+
+def test_reward_weights_are_not_an_option_weights_of_any_other_estimator(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def own(token_rewards, response_mask, group_index, greedy_rewards=None, *, weights: dict[str, float] = {}):\n"
+        "    return token_rewards, token_rewards\n"
+    )
+    arguments = ["--recipe", "quickstart", "--reward.weights", "[2.0]", "--algorithm.adv_estimator"]
+    estimator, _ = build_estimator(read_recipe([*arguments, f"{tmp_path}/own.py:own"])[0])
+    assert estimator.keywords == {}

@@ -30,6 +30,31 @@ class Deaf(Estimator):
     greedy_baseline: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Eager(Estimator):
+    """Looks for its hardware while it is made."""
+
+    def __post_init__(self) -> None:
+        raise RuntimeError("no accelerator was found\nsee the manual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vague(Estimator):
+    """States a need in words, and has an option without a default."""
+
+    beta: float
+
+    min_group_size: ClassVar[str] = "yes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful:
+    """Takes all_reduce and never says that it needs the whole batch."""
+
+    def __call__(self, token_rewards: Any, response_mask: Any, group_index: Any, *, all_reduce: Any = None) -> Any:
+        return token_rewards, token_rewards
+
+
 class Silent:
     """An estimator without __call__."""
 
