@@ -10,7 +10,7 @@ GROUPS = {
     "grpo_ds.estimators": "algorithm.adv_estimator, options in algorithm.estimator_args",
     "grpo_ds.losses": "actor.policy_loss_fn, options in actor.policy_loss_args",
     "grpo_ds.filters": "algorithm.filter_groups",
-    "grpo_ds.rewards": "reward.functions",
+    "grpo_ds.rewards": "reward.functions, options of classes in reward.function_args",
 }
 """Entry-point group -> the recipe keys that choose from it."""
 
