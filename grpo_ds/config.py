@@ -190,7 +190,7 @@ class ActorConfig:
     kl_target: float | None = None
     """Adapt kl_loss_coef so that the mean KL a token approaches this, in nats; null: fixed."""
     kl_horizon: int = 10000
-    """Samples over which an adaptive coefficient changes by its error."""
+    """Samples over which an adaptive coefficient changes by its error; a round changes it by no more than that."""
     deepspeed: str = "zero3.json"
     """DeepSpeed's configuration: a file of ds_configs/, or a path."""
     logprob_chunk_tokens: int = 2048

@@ -273,9 +273,7 @@ def test_the_options_of_a_class_come_from_the_recipe_and_are_checked(make_pool: 
         score(make_pool("Target", function_args={"Target": {"length": "two"}}), "a")
     with pytest.raises(RecipeError, match="has no option 'x' .it takes: none"):
         score(make_pool("length", function_args={"length": {"x": 1}}), "a")
-    with pytest.raises(
-        RecipeError, match="function_args names .Targte., which is no reward function: is it .Target."
-    ):
+    with pytest.raises(RecipeError, match="function_args names .Targte., which is no reward function: is it .Target."):
         make_pool("Target", function_args={"Targte": {}})
 
 
