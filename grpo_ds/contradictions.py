@@ -30,8 +30,8 @@ def _about_sampling(recipe: Recipe) -> Iterator[str]:
     if 0 < drawn < recipe.train.prompts_per_round:
         yield (
             f"rollout.prompts_per_batch ({recipe.prompts_per_batch}) x algorithm.filter_groups.max_num_gen_batches gives "
-            f"{drawn} groups at most, which never fills a round of train.prompts_per_round ({recipe.train.prompts_per_round})"
-            ": raise one of the first two"
+            f"{drawn} groups at most, which never fill a round of train.prompts_per_round "
+            f"({recipe.train.prompts_per_round}): raise one of the first two"
         )
     if recipe.reward.overlong_buffer_len > r.max_response_tokens:
         yield (

@@ -115,7 +115,7 @@ def _fault(result: object, logprobs: Tensor, inputs: tuple[Tensor, ...]) -> str 
     if not isinstance(stats, dict) or not all(isinstance(value, Tensor) for value in stats.values()):
         return "stats that are no dict of tensors"
     if not loss.isfinite().all() and all(given.isfinite().all() for given in (logprobs, *inputs)):
-        return f"the loss {float(loss[~loss.isfinite()][0])} for finite log-probabilities and advantages"
+        return f"the loss {loss.detach()[~loss.isfinite()][0].item()} for finite log-probabilities and advantages"
     return None
 
 

@@ -97,8 +97,14 @@ def mismatch_stats(
     gap = (old_logprobs.detach().to(torch.float64).exp() - rollout_logprobs.detach().to(torch.float64).exp()).abs()
     applied = weights.detach().to(torch.float64)
     nothing = gap.new_zeros(1)  # the maximum of no tokens is 0
-    # The index of the bin counts from the small end; differences below its range fall into bin 0.
-    bins = (gap.clamp(min=1e-300).log10() * _BINS_PER_DECADE + _BINS).floor().clamp(0, _BINS - 1).to(torch.int64)
+    # The index of the bin counts from the small end; differences below its range fall into bin 0. NaN counts as the
+    # largest: it shows in the other sums, and the loop stops at the gradient's norm with a sentence.
+    bins = (
+        (gap.nan_to_num(nan=1.0).clamp(min=1e-300).log10() * _BINS_PER_DECADE + _BINS)
+        .floor()
+        .clamp(0, _BINS - 1)
+        .to(torch.int64)
+    )
     return {
         "tokens": torch.ones_like(gap).sum(),
         "gap_sum": gap.sum(),
