@@ -234,7 +234,7 @@ class SyncConfig:
     """How weights reach the engine: through memory of this node (shared_memory), GPU memory (ipc, CUDA's handles), or a
     process group (group: engines elsewhere); auto: what suits the place of the engine, said at the start."""
     bucket_mb: int = 512
-    """Size of one of the two transfer buffers, in MiB."""
+    """Size of one of the two transfer buffers, in MiB; 0: a bucket a module."""
     timeout_s: float = 600.0
     """Deadline of one weight update once the engine has paused, in seconds."""
     verify: Literal["off", "sampled", "full"] = "sampled"
@@ -249,7 +249,8 @@ class SyncConfig:
     """Largest single |trainer - engine| in the probe, in nats; null: 1e-2 in float32, 5 in 16 bits."""
 
     def __post_init__(self) -> None:
-        require_positive("sync", self, "bucket_mb", "timeout_s", "max_logprob_gap")
+        require_positive("sync", self, "timeout_s", "max_logprob_gap")
+        _require(self.bucket_mb >= 0, "sync.bucket_mb must not be negative")
         _require(self.parity_every >= 0, "sync.parity_every must not be negative")
         for name in ("parity_p99", "parity_max"):
             limit = getattr(self, name)

@@ -86,7 +86,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path) -
         (MINIMAL | importance(reject_lower=3.0), ["importance.reject_lower is 3.0 and", "reject_upper is 2.0"]),
         (MINIMAL | {"rollout": {"top_k": 5}} | importance(level="off", reject="token"), ["importance.reject: off"]),
         (MINIMAL | {"sync": {"timeout_s": 0}}, ["sync.timeout_s is 0.0, it must be positive"]),
-        (MINIMAL | {"sync": {"bucket_mb": -1}}, ["sync.bucket_mb is -1, it must be positive"]),
+        (MINIMAL | {"sync": {"bucket_mb": -1}}, ["sync.bucket_mb must not be negative"]),
         (MINIMAL | {"engine": {"start_timeout_s": 0}}, ["engine.start_timeout_s is 0.0"]),
         (MINIMAL | {"engine": {"request_timeout_s": -5}}, ["engine.request_timeout_s is -5.0"]),
         (MINIMAL | {"engine": {"stall_timeout_s": ".nan"}}, ["engine.stall_timeout_s"]),
