@@ -313,7 +313,7 @@ class RunConfig:
     name: str = "run"
     """Run name; the folder is <dir>/<name>-<time>."""
     rollouts_per_round: int = 64
-    """Responses of each round written to rollouts/*.jsonl; 0: none."""
+    """Responses of each round and node written to rollouts/*.jsonl, in whole groups chosen by chance; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,8 @@ class Model:
     device = torch.device("cpu")
 
     def __init__(self, level: float) -> None:
-        self.level, self.passes, self.gradients = torch.tensor(level, requires_grad=True), 0, []  # type: ignore[var-annotated]
+        self.level, self.passes = torch.tensor(level, requires_grad=True), 0
+        self.gradients: list[float] = []
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         lp = self.level.expand(micro.targets.shape)
@@ -58,7 +59,7 @@ class Model:
         return self.forward(micro)[1]
 
     def backward(self, share: Tensor) -> None:
-        share.backward()  # type: ignore[no-untyped-call]
+        share.backward()
 
     def step(self) -> float:
         assert self.level.grad is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.estimators import get_estimator
-from grpo_ds.records import group_from_json, group_to_json, read_groups, readable, write_groups
+from grpo_ds.records import chosen, group_from_json, group_to_json, read_groups, readable, write_groups
 from grpo_ds.samples import AdvantageStage, decode, encode, token_rewards
 from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Group, Prompt, Rollout, Sample, Scored, VersionSpan
@@ -204,6 +204,15 @@ def test_a_group_is_equal_after_json_and_a_file(tmp_path: Path) -> None:
     assert read_groups(tmp_path / "groups.jsonl") == [group, GROUP]
     write_groups(tmp_path / "none.jsonl", [])
     assert read_groups(tmp_path / "none.jsonl") == []
+
+
+def test_whole_groups_are_chosen_for_the_record_whatever_was_finished_first() -> None:
+    groups = [replace(GROUP, prompt=replace(PROMPT, index=k)) for k in range(40)]  # of 3 responses each
+    picked = [g.prompt.index for g in chosen(groups, 10, 0, "record", 5)]
+    assert len(picked) == 4 and picked == sorted(picked) and picked != [0, 1, 2, 3]
+    assert [g.prompt.index for g in chosen(groups[::-1], 10, 0, "record", 5)] == picked
+    assert [g.prompt.index for g in chosen(groups, 10, 0, "record", 6)] != picked
+    assert (len(chosen(groups, 1, 0)), chosen(groups, 0, 0), len(chosen(groups, 999, 0))) == (1, [], 40)
 
 
 def test_readable_records_are_flat_one_a_response() -> None:
