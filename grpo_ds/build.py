@@ -122,6 +122,11 @@ def build_filter(recipe: Recipe) -> Any:
     f = recipe.algorithm.filter_groups
     _check_metric("algorithm.filter_groups.metric_to_filter", f.metric_to_filter, recipe)
     takes_tolerance = "tolerance" in {option.name for option in FILTERS.options(f.filter)}
+    if f.tolerance and not (takes_tolerance and f.filter_args.get("tolerance", f.tolerance) == f.tolerance):
+        raise RecipeError(
+            f"algorithm.filter_groups.tolerance is {f.tolerance}, but {FILTERS.label(f.filter)} does not take it, or "
+            "filter_args gives another: remove one of them"
+        )
     return get_filter(f.filter, **({"tolerance": f.tolerance} if takes_tolerance else {}) | f.filter_args)
 
 

@@ -185,6 +185,7 @@ def test_a_value_that_could_not_take_effect_is_refused_with_the_reason(options: 
     with pytest.raises(RecipeError, match=reason):
         build_estimator(recipe)
         build_policy_loss(recipe)
+        build_filter(recipe)
         check_heldout_metric(recipe)
 
 
