@@ -5,7 +5,7 @@ Sizes are agreed on first (three integers a sample); from them every rank comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,20 +77,15 @@ def assign(recipe: Recipe, ranks: Ranks, layout: Layout, order: Sequence[int], m
     return Assignment(samples, plan, [(r, k) for _, r, k, _ in entries], target, [row[2] for *_, row in entries])
 
 
-def per_token_home(
-    assignment: Assignment, ranks: Ranks, layout: Layout, device: torch.device, value: Callable[[MicroBatch], Tensor]
-) -> list[Tensor]:
-    """Computes `value` (M,) on every micro-batch and sends each sample's part to the rank that made the sample.
+def per_token_home(assignment: Assignment, ranks: Ranks, values: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Sends each sample's part of `values`, [optimizer step][micro-batch] (M,), to the rank that made the sample.
 
     Returns (R,) float32 tensors in the order in which this rank made its samples. Every rank calls it.
     """
     parts: dict[int, Tensor] = {}
-    for step, micros in zip(assignment.plan, assignment.micro_batches(ranks.rank, layout, device), strict=True):
-        for ids, micro in zip(step.micro_batches[ranks.rank], micros, strict=True):
-            pieces = value(micro).float().cpu().split([assignment.lengths[i] for i in ids]) if ids else ()
-            if not ids:
-                value(micro)
-            parts |= dict(zip(ids, pieces, strict=True))
+    for step, row in zip(assignment.plan, values, strict=True):
+        for ids, value in zip(step.micro_batches[ranks.rank], row, strict=True):
+            parts |= dict(zip(ids, value.float().cpu().split([assignment.lengths[i] for i in ids]), strict=True))
     outgoing: list[list[Tensor]] = [[] for _ in range(ranks.world)]
     incoming: list[list[int]] = [[] for _ in range(ranks.world)]
     for i, (source, _) in enumerate(assignment.source):

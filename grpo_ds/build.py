@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState, checkpoints_of, read_state
-from grpo_ds.config import AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
+from grpo_ds.config import ActorConfig, AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
 from grpo_ds.dist import Ranks
 from grpo_ds.engine import make_engine
 from grpo_ds.engine.base import GenerationEngine
@@ -23,6 +24,7 @@ from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
 from grpo_ds.rewards import function_names
 from grpo_ds.runlog import new_run_folder
+from grpo_ds.samples import AdvantageStage
 from grpo_ds.sync.transport import Transport, choose_transport, urls_of_node
 
 
@@ -38,6 +40,7 @@ def locate_plugins(recipe: Recipe, bases: list[Path]) -> Recipe:
 def build_estimator(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """The estimator of the recipe and its declared needs; refuses a recipe that does not meet them."""
     a: AlgorithmConfig = recipe.algorithm
+    _check_general_keys(a)
     options = estimator_options(a.adv_estimator, a.norm_adv_by_std_in_grpo, a.gamma, a.estimator_args)
     known = {option.name for option in ESTIMATORS.options(a.adv_estimator)}
     if "weights" in known and ESTIMATORS.needs(a.adv_estimator)["per_function_rewards"]:
@@ -81,26 +84,79 @@ def _shaping(recipe: Recipe) -> str:
     return ""
 
 
+def _check_general_keys(a: AlgorithmConfig) -> None:
+    """Refuses a value of algorithm.gamma or norm_adv_by_std_in_grpo that the estimator does not know and does not have."""
+    known = {option.name for option in ESTIMATORS.options(a.adv_estimator)}
+    fixed = ESTIMATORS.target(a.adv_estimator)
+    for key, option in (("gamma", "gamma"), ("norm_adv_by_std_in_grpo", "norm_by_std")):
+        value, default = getattr(a, key), getattr(AlgorithmConfig, key)
+        if option not in known and value not in (default, getattr(fixed, option, default)):
+            raise RecipeError(
+                f"algorithm.{key} is {value}, but {ESTIMATORS.label(a.adv_estimator)} does not know it, so it would change "
+                "nothing: remove it, or choose another estimator"
+            )
+
+
+def advantage_stage(recipe: Recipe, estimator: Any, needs: dict[str, Any], ranks: Ranks) -> AdvantageStage:
+    """The estimator, with what it says it needs."""
+    return AdvantageStage(
+        estimator,
+        mask_truncated=recipe.algorithm.mask_truncated_responses,
+        greedy_baseline=bool(needs["greedy_baseline"]),
+        min_group_size=int(needs["min_group_size"]),
+        functions=tuple(function_names(recipe.reward.functions)) if needs["per_function_rewards"] else None,
+        all_reduce=partial(ranks.sum, what="estimator") if needs["whole_batch"] else None,
+        label=ESTIMATORS.label(recipe.algorithm.adv_estimator),
+    )
+
+
 def build_policy_loss(recipe: Recipe) -> Any:
-    """The policy loss of the recipe with the actor's clip bounds, where it clips."""
-    actor = recipe.actor
+    """The policy loss of the recipe with the actor's clip bounds; refuses bounds that could not take effect."""
+    actor, name = recipe.actor, recipe.actor.policy_loss_fn
     check_kl_name(actor.kl_loss_type)
-    known = {option.name for option in LOSSES.options(actor.policy_loss_fn)}
-    low, high = actor.clip_bounds
-    bounds = {"clip_ratio_low": low, "clip_ratio_high": high}
-    options = {name: value for name, value in bounds.items() if name in known} | actor.policy_loss_args
-    return get_policy_loss(actor.policy_loss_fn, **options)
+    known = {option.name for option in LOSSES.options(name)}
+    options = dict(actor.policy_loss_args)
+    uses_clip_ratio = False
+    for option, value in (("clip_ratio_low", actor.clip_ratio_low), ("clip_ratio_high", actor.clip_ratio_high)):
+        if value is not None and option not in known:
+            raise RecipeError(f"actor.{option} is {value}, but {LOSSES.label(name)} does not take it: remove it")
+        if value is not None and options.get(option, value) != value:
+            raise RecipeError(
+                f"actor.{option} is {value} but actor.policy_loss_args.{option} is {options[option]}: remove one of them"
+            )
+        if option in known and option not in options:
+            uses_clip_ratio |= value is None
+            options[option] = actor.clip_ratio if value is None else value
+    default = ActorConfig.clip_ratio
+    if actor.clip_ratio != default and not uses_clip_ratio:
+        raise RecipeError(
+            f"actor.clip_ratio is {actor.clip_ratio}, which changes nothing: {LOSSES.label(name)} takes no clip bounds, or "
+            f"both are set (actor.clip_ratio_low, clip_ratio_high, policy_loss_args); remove it, or them"
+        )
+    return get_policy_loss(name, **options)
+
+
+def check_heldout_metric(recipe: Recipe) -> None:
+    """Refuses a train.heldout_metric that no reward function has."""
+    _check_metric("train.heldout_metric", recipe.train.heldout_metric, recipe)
+
+
+def _check_metric(key: str, name: str, recipe: Recipe) -> None:
+    metrics = ["score", *function_names(recipe.reward.functions)]
+    if name not in metrics:
+        raise RecipeError(f"{key} is {name!r}: choose one of {', '.join(metrics)}")
 
 
 def build_filter(recipe: Recipe) -> Any:
     """The group filter of the recipe."""
     f = recipe.algorithm.filter_groups
-    metrics = ["score", *function_names(recipe.reward.functions)]
-    if f.metric_to_filter not in metrics:
-        raise RecipeError(
-            f"algorithm.filter_groups.metric_to_filter is {f.metric_to_filter!r}: choose one of {', '.join(metrics)}"
-        )
+    _check_metric("algorithm.filter_groups.metric_to_filter", f.metric_to_filter, recipe)
     takes_tolerance = "tolerance" in {option.name for option in FILTERS.options(f.filter)}
+    if f.tolerance and not (takes_tolerance and f.filter_args.get("tolerance", f.tolerance) == f.tolerance):
+        raise RecipeError(
+            f"algorithm.filter_groups.tolerance is {f.tolerance}, but {FILTERS.label(f.filter)} does not take it, or "
+            "filter_args gives another: remove one of them"
+        )
     return get_filter(f.filter, **({"tolerance": f.tolerance} if takes_tolerance else {}) | f.filter_args)
 
 

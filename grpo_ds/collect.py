@@ -14,15 +14,18 @@ each look at what is answered costs one all-gather of those lines: at 64 nodes x
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from grpo_ds.clock import Clock
 from grpo_ds.config import Recipe
 from grpo_ds.dist import Ranks
-from grpo_ds.filters import Decision
+from grpo_ds.filters import REGISTRY, Decision
 from grpo_ds.types import Group, Prompt, Rollout
 
+QUIET_BATCHES = 4
+"""Generation batches of a round without a line on the screen; each further one has a line."""
 DROPPED = "dropped/"
 """Begins the names under which dropped groups are counted; the filter's reason, whatever it is, ends them."""
 
@@ -105,7 +108,7 @@ class Collection:
 class Collector:
     """Collects groups round after round; `cursor`, `carried`, `again` and `in_flight` are its whole state.
 
-    prompts, grader: given on ranks that lead a node, None elsewhere.
+    prompts, grader: given on ranks that lead a node, None elsewhere. say: shows a line to the user.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Collector:
         keep: GroupFilter,
         generation: Generation,
         grader: Grader | None,
+        say: Callable[[str], None],
     ) -> None:
         self.recipe = recipe
         self.filter = recipe.algorithm.filter_groups
@@ -124,6 +128,7 @@ class Collector:
         self.keep = keep
         self.generation = generation
         self.grader = grader
+        self.say = say
         self.cursor = 0
         self.carried: list[Group] = []
         """This node's kept groups that no round has used yet."""
@@ -144,7 +149,9 @@ class Collector:
         made: list[Group] = []
         while len(available) < needed:
             while len(available) + len(self.in_flight) < needed and self._ask(round_index, counts):
-                pass
+                if counts["batches"] > QUIET_BATCHES:
+                    found = self._found(counts, len(available), needed)
+                    self.say(f"round {round_index}: generation batch {counts['batches']} begins; so far {found}")
             if not self.in_flight:
                 self._exhausted(round_index, counts, len(available), needed)
                 break
@@ -232,12 +239,18 @@ class Collector:
     def _decide(self, group: Group, version: int) -> Decision:
         if self._stale(group, version):
             return Decision(False, "stale")
-        metric = self.filter.metric_to_filter
-        scores = [m.score if metric == "score" else m.parts[metric] for m in group.members]
+        scores = [m.metric(self.filter.metric_to_filter) for m in group.members]
         if not self.filter.enable:
             scored = any(score is not None for score in scores)
             return Decision(scored, "kept" if scored else "unscorable")
-        return self.keep(scores)
+        decision: object = self.keep(scores)
+        # A reason that is no text would be taken for an aborted prompt, which is asked again.
+        if isinstance(decision, Decision) and isinstance(decision.keep, bool) and isinstance(decision.reason, str):
+            return decision
+        raise ValueError(
+            f"algorithm.filter_groups.filter: {REGISTRY.label(self.filter.filter)} returned {decision!r:.80}: it must "
+            "return grpo_ds.filters.Decision(keep, reason) with True or False and a word to count by"
+        )
 
     def _verdict(self, group: Group, decision: Decision, version: int) -> Verdict:
         oldest = min((v for v in group.versions if v >= self._oldest(version)), default=version)
@@ -251,10 +264,20 @@ class Collector:
     def _exhausted(self, round_index: int, counts: Counter[str], have: int, needed: int) -> None:
         if have and self.filter.on_exhausted == "train_partial":
             return
-        fates = ("kept", *(name for name in counts if name.startswith(DROPPED)))
-        seen = ", ".join(f"{counts[name]} {name.removeprefix(DROPPED)}" for name in fates if counts[name])
+        if self.filter.enable:
+            advice = "use easier or harder prompts, raise rollout.n or the limit"
+        else:
+            advice = "look at the reward functions, or raise the limit"
+        if have:
+            advice += ", or set on_exhausted: train_partial"
         raise Exhausted(
             f"round {round_index}: {counts['batches']} generation batches (algorithm.filter_groups.max_num_gen_batches)"
-            f" gave {have} of {needed} groups whose scores differ ({seen or 'no group at all'}): use easier or harder"
-            " prompts, raise rollout.n or the limit, or set on_exhausted: train_partial"
+            f" gave {self._found(counts, have, needed)}: {advice}"
         )
+
+    def _found(self, counts: Counter[str], have: int, needed: int) -> str:
+        """`3 of 8 groups whose scores differ (3 kept, 5 all_wrong)`."""
+        fates = ("kept", *(name for name in counts if name.startswith(DROPPED)))
+        seen = ", ".join(f"{counts[name]} {name.removeprefix(DROPPED)}" for name in fates if counts[name])
+        wanted = "that the filter keeps" if self.filter.enable else "with a score"
+        return f"{have} of {needed} groups {wanted} ({seen or 'no group at all'})"

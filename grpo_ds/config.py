@@ -9,16 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo_ds.config_algorithm import AlgorithmConfig
+from grpo_ds.config_algorithm import FilterGroupsConfig as FilterGroupsConfig
+from grpo_ds.config_algorithm import ImportanceConfig as ImportanceConfig
 from grpo_ds.contradictions import contradictions
-
-
-class RecipeError(ValueError):
-    """The user's input is wrong; the message is one sentence: what, where, what to do."""
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise RecipeError(message)
+from grpo_ds.errors import RecipeError as RecipeError
+from grpo_ds.errors import require as _require
+from grpo_ds.errors import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +35,15 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str
-    """Training prompts: a .jsonl or .parquet file, or a hub data set name."""
+    """Training prompts: a .jsonl, .json or .parquet file, or a hub data set name."""
     heldout: str | None = None
     """Prompts of the before/after table; never trained on."""
+    config: str | None = None
+    """Configuration of a hub data set that has several (`main` of openai/gsm8k), for `train` and `heldout`."""
     split: str = "train"
-    """Split to take when `train` or `heldout` is a hub name."""
+    """Split to take when `train` is a hub name."""
+    heldout_split: str = "train"
+    """Split to take when `heldout` is a hub name."""
     columns: dict[str, str] = field(default_factory=dict)
     """Map from our column names to the file's: {prompt: question} reads the prompt from column `question`."""
     system_prompt: str | None = None
@@ -63,10 +64,12 @@ class RewardConfig:
     """Reward functions: an entry point's name, `package.module.function` or `path/file.py:function`."""
     weights: list[float] | None = None
     """Weight of each function in the score; null: 1 each."""
+    function_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options of functions that are classes, by the function's name: {Length: {target: 100}}."""
     workers: int = 2
     """Processes that run reward functions, per node."""
     timeout_s: float = 10.0
-    """Deadline of one call a sample, in seconds; the process is killed and replaced when it is missed."""
+    """Deadline a sample, in seconds: a call that misses it is killed, and its samples are tried one by one."""
     on_error: Literal["fail", "unscored"] = "fail"
     """A function that raises or misses its deadline: end the run, or count the sample as `cannot be scored`."""
     dry_run_rows: int = 2
@@ -83,8 +86,7 @@ class RewardConfig:
             f"reward.weights has {len(self.weights or [])} entries for {len(self.functions)} reward.functions: "
             "give one weight a function",
         )
-        _require(self.timeout_s > 0, "reward.timeout_s must be positive: every reward call has a deadline")
-        _require(self.workers > 0, "reward.workers must be at least 1")
+        require_positive("reward", self, "timeout_s", "workers")
         _require(self.overlong_buffer_len >= 0, "reward.overlong_buffer_len must not be negative")
 
 
@@ -145,66 +147,10 @@ class EngineConfig:
     rounds, in GiB; more ends the run, naming the phase."""
 
     def __post_init__(self) -> None:
-        _require(self.max_memory_drift_gb > 0, "engine.max_memory_drift_gb must be positive")
+        timeouts = ("start_timeout_s", "request_timeout_s", "stall_timeout_s")
+        require_positive("engine", self, *timeouts, "max_memory_drift_gb")
         _require(self.replicas >= 1, "engine.replicas must be at least 1")
         _require(self.max_restarts >= 0, "engine.max_restarts must not be negative")
-        _require(self.stall_timeout_s > 0, "engine.stall_timeout_s must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterGroupsConfig:
-    enable: bool = True
-    """DAPO's dynamic sampling: only groups whose scores differ are trained on."""
-    filter: str = "dynamic_sampling"
-    """Which groups are kept: a name of entry-point group `grpo_ds.filters`."""
-    filter_args: dict[str, Any] = field(default_factory=dict)
-    """The filter's own options, beside `tolerance`."""
-    metric_to_filter: str = "score"
-    """What must differ within a group: `score` (unshaped), or the name of one reward function."""
-    tolerance: float = 0.0
-    """A group is kept iff max > min + tolerance, in units of the metric."""
-    max_num_gen_batches: int = 4
-    """Generation batches a round may use to find its groups; 0: no limit."""
-    max_staleness: int = 1
-    """Tokens of a policy more than this many versions old give no loss, and a group with no other tokens, such as a
-    surplus group that waited too long, is dropped; 0: only what the current policy sampled is trained on."""
-    on_exhausted: Literal["error", "train_partial"] = "error"
-    """When max_num_gen_batches did not give enough groups: end the run, or train on what there is."""
-
-    def __post_init__(self) -> None:
-        _require(self.max_num_gen_batches >= 0, "algorithm.filter_groups.max_num_gen_batches must not be negative")
-        _require(self.max_staleness >= 0, "algorithm.filter_groups.max_staleness must not be negative")
-        _require(self.tolerance >= 0, "algorithm.filter_groups.tolerance must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportanceConfig:
-    level: Literal["off", "token", "sequence"] = "token"
-    """Importance weight between engine and trainer log-probabilities: one a token, one a sequence, or none."""
-    mode: Literal["truncate", "mask"] = "truncate"
-    """truncate: min(w, upper). mask: w inside [lower, upper], 0 outside."""
-    upper: float = 2.0
-    """Upper bound C of the weight."""
-    lower: float = 0.5
-    """Lower bound of the weight in mode mask."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlgorithmConfig:
-    adv_estimator: str = "grpo"
-    """Advantage estimator: a name of entry-point group `grpo_ds.estimators`."""
-    norm_adv_by_std_in_grpo: bool = True
-    """Divide by the group's standard deviation, for estimators that know the option (false: Dr.GRPO)."""
-    gamma: float = 1.0
-    """Discount of later rewards, for estimators that know the option."""
-    estimator_args: dict[str, Any] = field(default_factory=dict)
-    """The estimator's own options."""
-    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
-    """Dynamic sampling."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    """Correction of the train/inference mismatch."""
-    mask_truncated_responses: bool = False
-    """DAPO's overlong filtering: responses cut off at max_response_tokens give no loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +190,7 @@ class ActorConfig:
     kl_target: float | None = None
     """Adapt kl_loss_coef so that the mean KL a token approaches this, in nats; null: fixed."""
     kl_horizon: int = 10000
-    """Samples over which an adaptive coefficient changes by its error."""
+    """Samples over which an adaptive coefficient changes by its error; a round changes it by no more than that."""
     deepspeed: str = "zero3.json"
     """DeepSpeed's configuration: a file of ds_configs/, or a path."""
     logprob_chunk_tokens: int = 2048
@@ -289,7 +235,7 @@ class SyncConfig:
     process group (group: engines elsewhere); auto: what suits the place of the engine, said at the start."""
     bucket_mb: int = 512
     """Size of one of the two transfer buffers of a node, in MiB; a larger module makes both as large as itself (the
-    embedding of Llama 70B: 2004)."""
+    embedding of Llama 70B: 2004). 0: a bucket a module."""
     timeout_s: float = 600.0
     """Deadline of one weight update once the engine has paused, in seconds."""
     verify: Literal["off", "sampled", "full"] = "sampled"
@@ -306,6 +252,8 @@ class SyncConfig:
     """Largest single |trainer - engine| in the probe, in nats; null: 1e-2 in float32, 5 in 16 bits."""
 
     def __post_init__(self) -> None:
+        require_positive("sync", self, "timeout_s", "max_logprob_gap")
+        _require(self.bucket_mb >= 0, "sync.bucket_mb must not be negative")
         _require(self.parity_every >= 0, "sync.parity_every must not be negative")
         for name in ("parity_mean", "parity_p99", "parity_max"):
             limit = getattr(self, name)
@@ -328,6 +276,12 @@ class TrainConfig:
     """Rounds between evaluations on data.heldout; 0: only before and after."""
     heldout_n: int = 1
     """Responses a held-out prompt in an evaluation."""
+    heldout_metric: str = "score"
+    """What an evaluation reports the mean of: `score` (weighted, unshaped), or the name of one reward function."""
+    heldout_temperature: float | None = None
+    """Sampling temperature of evaluations, 0: greedy; null: rollout.temperature."""
+    heldout_top_p: float | None = None
+    """Nucleus sampling in evaluations; null: rollout.top_p."""
     checkpoint_every: int = 10
     """Rounds between checkpoints; 0: only the last."""
     keep_checkpoints: int = 2
@@ -344,6 +298,15 @@ class TrainConfig:
             f"train.prompts_per_update must lie between 1 and train.prompts_per_round ({self.prompts_per_round})",
         )
         _require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
+        require_positive("train", self, "heldout_n", "collective_timeout_s")
+        _require(
+            self.heldout_temperature is None or self.heldout_temperature >= 0, "train.heldout_temperature is negative"
+        )
+        _require(
+            self.heldout_temperature != 0 or self.heldout_n == 1,
+            "train.heldout_temperature 0 gives the same response every time: set train.heldout_n: 1",
+        )
+        _require(self.heldout_top_p is None or 0 < self.heldout_top_p <= 1, "train.heldout_top_p must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +316,7 @@ class RunConfig:
     name: str = "run"
     """Run name; the folder is <dir>/<name>-<time>."""
     rollouts_per_round: int = 64
-    """Responses of each round written to rollouts/*.jsonl; 0: none."""
+    """Responses of each round and node written to rollouts/*.jsonl, in whole groups chosen by chance; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,22 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
 
 def _about_sampling(recipe: Recipe) -> Iterator[str]:
     r = recipe.rollout
-    if recipe.algorithm.importance.level != "off" and (r.top_p != 1.0 or r.top_k != 0):
-        yield (
-            "rollout.top_p and rollout.top_k must be off while algorithm.importance.level is not off: the engine "
-            "normalises over the kept tokens only, so importance weights would be wrong; set "
-            "algorithm.importance.level: off, or sample from the full distribution"
-        )
+    for key in ("level", "reject"):
+        if getattr(recipe.algorithm.importance, key) != "off" and (r.top_p != 1.0 or r.top_k != 0):
+            yield (
+                f"rollout.top_p and rollout.top_k must be off while algorithm.importance.{key} is not off: the engine "
+                "normalises over the kept tokens only, so importance weights would be wrong; set "
+                f"algorithm.importance.{key}: off, or sample from the full distribution"
+            )
     if recipe.algorithm.filter_groups.enable and r.n < 2:
         yield "algorithm.filter_groups.enable needs rollout.n >= 2: the scores of a single response never differ"
+    drawn = recipe.algorithm.filter_groups.max_num_gen_batches * recipe.prompts_per_batch
+    if 0 < drawn < recipe.train.prompts_per_round:
+        yield (
+            f"rollout.prompts_per_batch ({recipe.prompts_per_batch}) x algorithm.filter_groups.max_num_gen_batches gives "
+            f"{drawn} groups at most, which never fill a round of train.prompts_per_round "
+            f"({recipe.train.prompts_per_round}): raise one of the first two"
+        )
     if recipe.reward.overlong_buffer_len > r.max_response_tokens:
         yield (
             f"reward.overlong_buffer_len ({recipe.reward.overlong_buffer_len}) exceeds rollout.max_response_tokens "

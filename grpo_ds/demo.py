@@ -2,7 +2,7 @@
 
     python -m grpo_ds.demo --out recipes/demo
 
-writes `model/` (a Hugging Face folder: Qwen3 architecture, 0.76M parameters, character tokenizer), `train.jsonl` and
+writes `model/` (a Hugging Face folder: Qwen3 architecture, 0.74M parameters, character tokenizer), `train.jsonl` and
 `heldout.jsonl` (rows `{"prompt": "27+58=", "answer": "85"}`).
 
 How the model is made. It learns sums of two two-digit numbers by plain supervised next-token training (AdamW), in two

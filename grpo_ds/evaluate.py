@@ -103,12 +103,16 @@ class EngineSampler:
 
     def spec(self, purpose: str) -> SamplingSpec:
         """How it is asked."""
-        r = self.recipe.rollout
+        r, t = self.recipe.rollout, self.recipe.train
+        temperature, top_p = r.temperature, r.top_p
+        if purpose == "heldout":
+            temperature = temperature if t.heldout_temperature is None else t.heldout_temperature
+            top_p = top_p if t.heldout_top_p is None else t.heldout_top_p
         return SamplingSpec(
-            n={"train": r.n, "greedy": 1, "heldout": self.recipe.train.heldout_n}[purpose],
+            n={"train": r.n, "greedy": 1, "heldout": t.heldout_n}[purpose],
             max_tokens=r.max_response_tokens,
-            temperature=0.0 if purpose == "greedy" else r.temperature,
-            top_p=r.top_p,
+            temperature=0.0 if purpose == "greedy" else temperature,
+            top_p=top_p,
             top_k=r.top_k,
             stop_token_ids=tuple(r.stop_token_ids),
         )
@@ -119,8 +123,10 @@ class EngineSampler:
         return Rollout(raw.token_ids, raw.logprobs, raw.finish_reason, raw.spans, text)
 
 
-def evaluate(heldout: list[Prompt] | None, sampler: Sampler, grader: Grader | None, ranks: Ranks) -> float | None:
-    """Mean score on the held-out prompts, sampled as in training with the same seeds at every evaluation.
+def evaluate(
+    heldout: list[Prompt] | None, sampler: Sampler, grader: Grader | None, ranks: Ranks, metric: str
+) -> float | None:
+    """Mean of `metric` (see `Scored.metric`) on the held-out prompts, with the same seeds at every evaluation.
 
     Every rank calls it; leads of nodes take a share each. None without held-out prompts.
     """
@@ -129,7 +135,8 @@ def evaluate(heldout: list[Prompt] | None, sampler: Sampler, grader: Grader | No
     rollouts = sampler(mine, "heldout", 0)
     if grader and mine:
         groups = grader(list(zip(mine, rollouts, strict=True)))
-        scores = [m.score for g in groups for m in g.members if m.score is not None]
-        sums += torch.tensor([sum(scores), float(len(scores))])
+        values = [m.metric(metric) for g in groups for m in g.members]
+        known = [value for value in values if value is not None]
+        sums += torch.tensor([sum(known), float(len(known))])
     total, count = ranks.sum(sums, "held-out scores").tolist()
     return total / count if count else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.balance import Assignment, assign, per_token_home
-from grpo_ds.batching import Layout, MicroBatch
+from grpo_ds.batching import Layout, MicroBatch, UpdatePlan
 from grpo_ds.clock import Clock
 from grpo_ds.collect import Collection, Collector
 from grpo_ds.colocation import Colocation
@@ -84,6 +84,8 @@ class Parts:
     after_round: Callable[[int, int, dict[str, Any]], None]
     """Called on every rank with (rounds finished, version, metrics): checkpoints and evaluations."""
     colocation: Colocation
+    reward_stats: Callable[[], dict[str, float]]
+    """Called on every rank: the metrics reward/*, what the reward functions did since the last call."""
     engine_faults: Callable[[], dict[str, int]]
     """Called on every rank: the metrics engine/*, what happened to the engines since the last call."""
 
@@ -97,9 +99,9 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
 
         collection = parts.collector.collect(round_index, version, clock)
         parts.colocation.after("generate")
-        samples = advantages(recipe, parts, collection, clock)
+        samples, known = advantages(recipe, parts, collection, clock)
         work = assign(recipe, parts.ranks, parts.layout, collection.order, samples)
-        stats, norms = update(parts, work, version, clock)
+        stats, norms = update(parts, work, version, clock, known)
         parts.colocation.after("update")
         version += 1
         with clock.time("sync"):
@@ -110,7 +112,9 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
         if recipe.sync.parity_every and (round_index + 1) % recipe.sync.parity_every == 0:
             with clock.time("parity"):
                 metrics |= parts.parity.measure(version)
-        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks)
+        left_out = parts.advantage.left_out(collection.groups)
+        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks, left_out)
+        metrics |= parts.reward_stats()
         metrics |= parts.engine_faults()
         metrics |= parts.colocation.metrics()
         metrics |= {f"seconds/sync_{phase}": seconds for phase, seconds in phases.items()}
@@ -124,31 +128,59 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
     return version
 
 
-def advantages(recipe: Recipe, parts: Parts, collection: Collection, clock: Clock) -> list[Sample]:
-    """The samples this node made, with advantages; KL placed in the reward is taken off before the estimator."""
-    reference = parts.reference
-    if reference is None or recipe.actor.kl_placement == "loss":
-        return parts.advantage(collection.groups, oldest=collection.oldest)
+@dataclass(frozen=True)
+class Frozen:
+    """What the round's start says about this rank's micro-batches of a plan: [optimizer step][micro-batch] (M,)."""
+
+    plan: list[UpdatePlan]
+    old: list[list[Tensor]] | None
+    """Log-probabilities of the policy."""
+    ref: list[list[Tensor]] | None
+    """Those of the reference; None without one."""
+
+
+def freeze(parts: Parts, work: Assignment, steps: list[list[MicroBatch]], *, old: bool) -> Frozen:
+    """One pass of the reference where there is one, and one of the policy where `old` asks for it."""
+    actor, reference = parts.actor, parts.reference
+    return Frozen(
+        work.plan,
+        [[actor.logprobs(m) for m in micros] for micros in steps] if old else None,
+        [[reference.logprobs(m) for m in micros] for micros in steps] if reference else None,
+    )
+
+
+def advantages(
+    recipe: Recipe, parts: Parts, collection: Collection, clock: Clock
+) -> tuple[list[Sample], Frozen | None]:
+    """The samples this node made, with advantages; KL placed in the reward is taken off before the estimator.
+
+    The second value is what was computed for that.
+    """
+    if parts.reference is None or recipe.actor.kl_placement == "loss":
+        return parts.advantage(collection.groups, oldest=collection.oldest), None
     drafts = parts.advantage.drafts(collection.groups)
     work = assign(recipe, parts.ranks, parts.layout, collection.order, drafts)
-
-    def penalty(micro: MicroBatch) -> Tensor:
-        kl = kl_estimate(recipe.actor.kl_loss_type, parts.actor.logprobs(micro), reference.logprobs(micro))
-        return parts.kl.coef * kl
-
     with clock.time("logprobs"):
-        penalties = per_token_home(work, parts.ranks, parts.layout, parts.actor.device, penalty)
-    return parts.advantage(collection.groups, penalties, collection.oldest)
+        known = freeze(parts, work, work.micro_batches(parts.ranks.rank, parts.layout, parts.actor.device), old=True)
+        pairs = [zip(*rows, strict=True) for rows in zip(known.old or (), known.ref or (), strict=True)]
+        kl = [[parts.kl.coef * kl_estimate(recipe.actor.kl_loss_type, *pair) for pair in row] for row in pairs]
+        penalties = per_token_home(work, parts.ranks, kl)
+    return parts.advantage(collection.groups, penalties, collection.oldest), known
 
 
-def update(parts: Parts, work: Assignment, version: int, clock: Clock) -> tuple[Stats, list[float]]:
+def update(
+    parts: Parts, work: Assignment, version: int, clock: Clock, known: Frozen | None = None
+) -> tuple[Stats, list[float]]:
     """The optimizer steps of the round; returns statistics over all steps and ranks, and the gradient norms."""
-    actor, reference = parts.actor, parts.reference
+    actor = parts.actor
     steps = work.micro_batches(parts.ranks.rank, parts.layout, actor.device)
-    with clock.time("logprobs"):
-        # One step a round: the old policy is the one being differentiated, so no pass is made for it.
-        old = [[actor.logprobs(m) for m in micros] for micros in steps] if len(steps) > 1 else None
-        ref = [[reference.logprobs(m) for m in micros] for micros in steps] if reference else None
+    # One step a round: the old policy is the one being differentiated, so no pass is made for it.
+    several = len(steps) > 1
+    # Masks that come after the estimator change the plan; every rank has the same two plans.
+    if known is None or known.plan != work.plan:
+        with clock.time("logprobs"):
+            known = freeze(parts, work, steps, old=several)
+    old, ref = known.old if several else None, known.ref
 
     stats: list[Stats] = []
     norms: list[float] = []

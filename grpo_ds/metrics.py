@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from grpo_ds.batching import UpdatePlan
 from grpo_ds.collect import DROPPED, Collection
 from grpo_ds.dist import Ranks
 from grpo_ds.losses import summarise_mismatch
+from grpo_ds.rewards import FunctionStats
 
 
 def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -50,6 +52,20 @@ def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
     return out
 
 
+def reward_metrics(mine: dict[str, FunctionStats], ranks: Ranks) -> dict[str, float]:
+    """What the reward functions of all nodes did since the round before, evaluations included. Every rank calls it.
+
+    reward/<function>/errors, timeouts, unscored: samples; p95_s: 95th percentile of a call of the slowest node.
+    """
+    rows = [part for part in ranks.all_gather({n: asdict(s) for n, s in mine.items()}, "reward functions") if part]
+    out: dict[str, float] = {}
+    for name in rows[0] if rows else ():
+        for count in ("errors", "timeouts", "unscored"):
+            out[f"reward/{name}/{count}"] = sum(row[name][count] for row in rows)
+        out[f"reward/{name}/p95_s"] = max(row[name]["p95_call_s"] for row in rows)
+    return out
+
+
 def group_metrics(collection: Collection) -> dict[str, Any]:
     """What became of the round's groups on all nodes; every rank knows it.
 
@@ -74,14 +90,21 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
 
 
 def round_metrics(
-    collection: Collection, plan: list[UpdatePlan], stats: dict[str, Tensor], norms: list[float], ranks: Ranks
+    collection: Collection,
+    plan: list[UpdatePlan],
+    stats: dict[str, Tensor],
+    norms: list[float],
+    ranks: Ranks,
+    left_out: dict[str, int],
 ) -> dict[str, Any]:
-    """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already.
+    """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already; left_out: this
+    rank's responses of kept groups that are not trained on, by reason (every rank names the same ones).
 
     `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
     `loss`, `grad_norm`: means over the round's optimizer steps. `mixed_version_share`: trained responses with tokens of
     several versions. `stale_tokens_masked`: tokens of trained groups that are too old to give a loss
-    (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made. The rest:
+    (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made.
+    `left_out/<reason>`: responses of kept groups that are not trained on (`grpo_ds.samples.LEFT_OUT`). The rest:
     `group_metrics`.
     """
     members = [m for group in collection.groups for m in group.members]
@@ -96,9 +119,9 @@ def round_metrics(
     spans = [span for m in members if m.reward is not None for span in m.rollout.spans]
     too_old = sum(span.end - span.start for span in spans if span.version < collection.oldest)
     sums = [sum(rewards), len(rewards), sum(scores), len(scores), sum(lengths), len(lengths), len(cut), baseline_tokens]
-    sums += [mixed, len(members), too_old]
+    sums += [mixed, len(members), too_old, *left_out.values()]
     total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
-    reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses, too_old = total
+    reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses, too_old = total[:11]
     trained = sum(step.totals.tokens for step in plan)
     values = summarise(stats, trained)
     values["loss"] /= len(plan)
@@ -117,6 +140,7 @@ def round_metrics(
         "tokens_trained": trained,
         "stale_tokens_masked": too_old,
         "samples": sum(step.samples for step in plan),
+        **{f"left_out/{reason}": int(count) for reason, count in zip(left_out, total[11:], strict=True)},
         "optimizer_steps": len(plan),
         **values,
     }

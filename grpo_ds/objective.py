@@ -10,7 +10,15 @@ from torch import Tensor
 
 from grpo_ds.batching import MicroBatch
 from grpo_ds.config import ActorConfig, ImportanceConfig
-from grpo_ds.losses import Totals, aggregate, importance_weights, kl_estimate, mismatch_stats
+from grpo_ds.losses import (
+    REGISTRY,
+    Totals,
+    aggregate,
+    importance_weights,
+    kl_estimate,
+    mismatch_stats,
+    rejection_mask,
+)
 
 Stats = dict[str, Tensor]
 """Mergeable over micro-batches and ranks: names ending in `_max` by maximum, all others by addition. float64."""
@@ -44,11 +52,9 @@ class Objective:
         the engine, for the freshness statistics.
         """
         old = logprobs.detach() if old_logprobs is None else old_logprobs
-        token_loss, policy_stats = self.policy_loss(logprobs, old, micro.advantages, micro.sequence_index)
-        imp = self.importance
-        weights = importance_weights(
-            old, micro.rollout_logprobs, micro.sequence_index, imp.level, imp.mode, imp.lower, imp.upper
-        )
+        result = self.policy_loss(logprobs, old, micro.advantages, micro.sequence_index)
+        token_loss, policy_stats = self._checked(result, logprobs, old, micro.advantages)
+        weights = self._weights(old, micro)
         token_loss = token_loss * weights
         stats: Stats = {f"policy/{name}": value.detach().double() for name, value in policy_stats.items()}
         if ref_logprobs is not None:
@@ -64,9 +70,53 @@ class Objective:
         stats["entropy_sum"] = entropy.detach().double().sum()
         stats["loss"] = share.detach().double()
         stats |= {
-            f"mismatch/{name}": value for name, value in mismatch_stats(old, micro.rollout_logprobs, weights).items()
+            f"mismatch/{name}": value
+            for name, value in mismatch_stats(
+                old, micro.rollout_logprobs, weights, micro.sequence_index, self.importance.level
+            ).items()
         }
         return share, {name: value.cpu() for name, value in stats.items()}
+
+    def _weights(self, old: Tensor, micro: MicroBatch) -> Tensor:
+        """(M,) importance weights; 0 where the rejection mask says so."""
+        how, index = self.importance, micro.sequence_index
+        weights = importance_weights(old, micro.rollout_logprobs, index, how.level, how.mode, how.lower, how.upper)
+        if how.reject == "off":
+            return weights
+        return weights * rejection_mask(
+            old, micro.rollout_logprobs, index, how.reject, how.reject_lower, how.reject_upper
+        )
+
+    def _checked(self, result: object, logprobs: Tensor, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss' result; ValueError naming the plugin unless it has one loss a token.
+
+        A loss that is reduced already would be spread over all tokens by the weights, unnoticed.
+        """
+        fault = _fault(result, logprobs, inputs)
+        if fault:
+            raise ValueError(
+                f"actor.policy_loss_fn: {REGISTRY.label(self.actor.policy_loss_fn)} returned {fault}: it must return "
+                f"(token_loss, stats) with one finite loss for each of the {logprobs.numel()} tokens, not yet reduced"
+            )
+        return result  # type: ignore[return-value]
+
+
+def _fault(result: object, logprobs: Tensor, inputs: tuple[Tensor, ...]) -> str | None:
+    """What is wrong with the result of a policy loss, if anything."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        return f"a {type(result).__name__}{f' of {len(result)}' if isinstance(result, tuple | list) else ''}"
+    loss, stats = result
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        return f"a loss of type {loss.dtype if isinstance(loss, Tensor) else type(loss).__name__}"
+    if loss.shape != logprobs.shape:
+        return f"a loss of shape {tuple(loss.shape)}"
+    if logprobs.requires_grad and not loss.requires_grad:
+        return "a loss without a gradient"
+    if not isinstance(stats, dict) or not all(isinstance(value, Tensor) for value in stats.values()):
+        return "stats that are no dict of tensors"
+    if not loss.isfinite().all() and all(given.isfinite().all() for given in (logprobs, *inputs)):
+        return f"the loss {loss.detach()[~loss.isfinite()][0].item()} for finite log-probabilities and advantages"
+    return None
 
 
 def merge(first: Stats, second: Stats) -> Stats:

@@ -144,6 +144,10 @@ class Registry:
         """`estimator 'x' from package 1.0`, for messages about a plugin that was found."""
         return self._find(name).label
 
+    def target(self, name: str) -> Any:
+        """The class or function that plugin `name` is."""
+        return self._find(name).target
+
     def options(self, name: str) -> tuple[Option, ...]:
         """The options plugin `name` takes."""
         return self._options(self._find(name))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import statistics
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo_ds.config import DataConfig, RecipeError
 from grpo_ds.types import Prompt
@@ -40,18 +41,25 @@ class RowTable:
         return len(self.prompts)
 
 
-def load_rows(path_or_name: str, data: DataConfig, base_dirs: Sequence[Path], key: str) -> RowTable:
-    """Reads a .jsonl, .json (a list of objects) or .parquet file, looked up in each of `base_dirs`; otherwise split
-    `data.split` of a hub data set. `key` is the recipe key of the setting. Raises RecipeError naming source and row.
+def load_rows(which: Literal["train", "heldout"], data: DataConfig, base_dirs: Sequence[Path]) -> RowTable:
+    """Reads what `data.train` or `data.heldout` names: a .jsonl, .json (a list of objects) or .parquet file, looked up in
+    each of `base_dirs` (~ is the home folder); otherwise a hub data set, or a folder laid out like one.
+
+    Raises RecipeError naming the key, the source and the row.
     """
-    found = next((base / path_or_name for base in base_dirs if (base / path_or_name).exists()), None)
+    key, named = f"data.{which}", data.train if which == "train" else str(data.heldout)
+    path = os.path.expanduser(named)
+    found = next((base / path for base in base_dirs if (base / path).exists()), None)
     if found is not None and found.is_file():
         source, rows = str(found), _read_file(found, key)
-    elif Path(path_or_name).suffix in _SUFFIXES or path_or_name.startswith(("/", ".", "~")):
-        tried = ", ".join(str(base / path_or_name) for base in base_dirs)
-        raise RecipeError(f"{key}: there is no file {path_or_name!r} (tried {tried}); correct the path")
+    elif Path(path).suffix in _SUFFIXES or path.startswith(("/", ".")):
+        tried = ", ".join(str(base / path) for base in base_dirs)
+        raise RecipeError(f"{key}: there is no file {named!r} (tried {tried}); correct the path")
     else:
-        source, rows = path_or_name, _read_data_set(str(found or path_or_name), data.split, key)
+        split_key, split = (
+            ("data.split", data.split) if which == "train" else ("data.heldout_split", data.heldout_split)
+        )
+        source, rows = named, _read_data_set(str(found or named), data.config, split, key, split_key)
     if not rows:
         raise RecipeError(f"{key}: {source} has no rows; name a data set with at least one prompt")
     parsed = [_parse_row(row, data.columns, f"{key}: {source}, row {number}") for number, row in enumerate(rows)]
@@ -59,17 +67,28 @@ def load_rows(path_or_name: str, data: DataConfig, base_dirs: Sequence[Path], ke
 
 
 def _read_file(path: Path, key: str) -> list[Any]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet  # slow to import, and not needed for other files
-
-        return pyarrow.parquet.read_table(path).to_pylist()
     if path.suffix not in _SUFFIXES:
         raise RecipeError(f"{key}: {path} is none of {', '.join(_SUFFIXES)}; convert it")
     try:
+        if path.suffix == ".parquet":
+            return _parquet_rows(path, key)
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{key}: {path} is not UTF-8 text (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise RecipeError(f"{key}: {path} cannot be read: {error.strerror or error}; correct the file") from error
     return list(_json_lines(text, path, key)) if path.suffix == ".jsonl" else _json_list(text, path, key)
+
+
+def _parquet_rows(path: Path, key: str) -> list[Any]:
+    import pyarrow.parquet  # slow to import, and not needed for other files
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise RecipeError(
+            f"{key}: {path} is no Parquet file that can be read: {' '.join(str(error).split())[:200]}; write it again"
+        ) from error
 
 
 def _json_lines(text: str, path: Path, key: str) -> Iterator[Any]:
@@ -94,15 +113,16 @@ def _json_list(text: str, path: Path, key: str) -> list[Any]:
     return rows
 
 
-def _read_data_set(name: str, split: str, key: str) -> list[Any]:
+def _read_data_set(name: str, config: str | None, split: str, key: str, split_key: str) -> list[Any]:
     import datasets  # slow to import, and not needed for local files
 
     try:
-        return list(datasets.load_dataset(name, split=split))
+        return list(datasets.load_dataset(name, config, split=split))
     except Exception as error:
         raise RecipeError(
-            f"{key}: no file {name!r} exists, and as a hub data set (data.split: {split}) it cannot be loaded: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; correct the name or download the data"
+            f"{key}: no file {name!r} exists, and as a hub data set ({split_key}: {split}, data.config: "
+            f"{config or 'null'}) it cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
+            "correct the name or download the data"
         ) from error
 
 

@@ -84,9 +84,27 @@ def resolve_recipe_path(name: str) -> Path:
     raise RecipeError(f"--recipe {name}: no such file, and recipes/ has only: {have}")
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where YAML's readers silently take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise RecipeError(
+                        f"{self.name}: `{key.value}` stands twice in one section, in lines {seen[key.value]} and {line}: "
+                        "make them one"
+                    )
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, _OnceLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

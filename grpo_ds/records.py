@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 
 
@@ -43,6 +44,21 @@ def write_groups(path: Path, groups: Iterable[Group]) -> None:
 def read_groups(path: Path) -> list[Group]:
     """The groups of `write_groups`."""
     return [group_from_json(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def chosen(groups: Iterable[Group], responses: int, *key: int | str) -> list[Group]:
+    """Whole groups with about `responses` responses together, in prompt order; at least one group unless it is 0.
+
+    Which ones depends on `key` and the prompts alone, not on the order in which the engine finished them: the first to be
+    finished are the short ones.
+    """
+    taken: list[Group] = []
+    for group in sorted(groups, key=lambda g: derive_seed(*key, g.prompt.index)):
+        if responses <= 0:
+            break
+        taken.append(group)
+        responses -= len(group.members)
+    return sorted(taken, key=lambda g: g.prompt.index)
 
 
 def readable(group: Group, round_index: int) -> Iterable[dict[str, Any]]:

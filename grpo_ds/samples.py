@@ -8,6 +8,7 @@ included, sees the tokens that are left.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from torch import Tensor
 from grpo_ds.types import Group, Sample, Scored
 
 Estimator = Callable[..., tuple[Tensor, Tensor]]
+
+LEFT_OUT = ("no_tokens", "unscored", "unscored_part", "no_baseline", "small_group")
+"""Why a member of a kept group is not trained on: nothing was generated; no reward; no value of one of the functions
+that the estimator looks at; no reward of the greedy response; fewer members left than the estimator needs."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,33 @@ class AdvantageStage:
     """Names of the reward functions whose values are passed one by one (GDPO); None: not passed."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
     """Sum over ranks, for estimators that look at the whole batch; every rank must then call, also without groups."""
+    label: str = "the estimator"
+    """How messages name it."""
 
     def trainable(self, group: Group) -> list[Scored]:
-        """The members with a token, a reward and what the estimator needs; others stay out of statistics and loss.
+        """The members with a token, a reward and what the estimator needs; others stay out of statistics and loss."""
+        return [m for m, reason in zip(group.members, self._reasons(group), strict=True) if reason is None]
 
-        Without a token is what an engine that was told to abort had not begun: there is nothing to put a reward on.
-        """
+    def left_out(self, groups: Sequence[Group]) -> dict[str, int]:
+        """How many members are not trainable, for each reason of LEFT_OUT."""
+        counts = Counter(reason for group in groups for reason in self._reasons(group))
+        return {reason: counts[reason] for reason in LEFT_OUT}
+
+    def _reasons(self, group: Group) -> list[str | None]:
+        """For each member why it is left out, or None."""
+        reasons = [self._reason(group, member) for member in group.members]
+        if reasons.count(None) < self.min_group_size:
+            return [reason or "small_group" for reason in reasons]
+        return reasons
+
+    def _reason(self, group: Group, member: Scored) -> str | None:
         if self.greedy_baseline and (group.baseline is None or group.baseline.reward is None):
-            return []
-        usable = [
-            m
-            for m in group.members
-            if m.rollout.token_ids
-            and m.reward is not None
-            and not (self.functions and any(m.parts[f] is None for f in self.functions))
-        ]
-        return usable if len(usable) >= self.min_group_size else []
+            return "no_baseline"
+        if not member.rollout.token_ids:  # an engine that was told to abort had not begun it
+            return "no_tokens"
+        if member.reward is None:
+            return "unscored"
+        return "unscored_part" if any(member.parts[f] is None for f in self.functions or ()) else None
 
     def drafts(self, groups: Sequence[Group]) -> list[Sample]:
         """The samples without advantages, in the order of `__call__`; nothing is masked."""
@@ -73,13 +89,33 @@ class AdvantageStage:
         for row, penalty in zip(rewards, penalties or (), strict=penalties is not None):
             row[: penalty.numel()] -= penalty
         index = torch.tensor([i for i, _, _ in members], dtype=torch.int64)
-        advantages, _ = self.estimator(rewards, mask, index, **self._needs([(g, m) for _, g, m in members]))
+        result = self.estimator(rewards, mask, index, **self._needs([(g, m) for _, g, m in members]))
+        advantages = self._checked(result, mask)
         samples = [_sample(group, member, row) for (_, group, member), row in zip(members, advantages, strict=True)]
         for (_, _, member), sample in zip(members, samples, strict=True):
             if self.mask_truncated and member.rollout.finish_reason == "length":
                 sample.response_mask.zero_()
             sample.response_mask.logical_and_(sample.versions >= oldest)
         return samples
+
+    def _checked(self, result: object, mask: Tensor) -> Tensor:
+        """The advantages of an estimator's result; ValueError naming the plugin unless there is one for every token."""
+        advantages = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+        fault = None
+        if not isinstance(advantages, Tensor):
+            fault = f"a {type(result).__name__}"
+        elif advantages.shape != mask.shape or not advantages.is_floating_point():
+            fault = f"advantages of shape {tuple(advantages.shape)} and type {advantages.dtype}"
+        elif not (finite := advantages.isfinite().all(1)).all():
+            fault = f"an advantage of sample {int(finite.logical_not().nonzero()[0])} that is not finite"
+        elif (outside := advantages[~mask].count_nonzero()) > 0:
+            fault = f"advantages other than 0 on {int(outside)} tokens outside the mask"
+        if advantages is None or fault:
+            raise ValueError(
+                f"algorithm.adv_estimator: {self.label} returned {fault}: it must return (advantages, returns), both float "
+                f"of shape {tuple(mask.shape)}, finite, and 0 where the mask is 0"
+            )
+        return advantages.to(torch.float32)
 
     def _needs(self, members: Sequence[tuple[Group, Scored]]) -> dict[str, Any]:
         needs: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo_ds.config import Recipe, RecipeError
 from grpo_ds.processes import (
@@ -27,9 +27,6 @@ from grpo_ds.processes import (
     stop_requested,
 )
 from grpo_ds.recipe import read_recipe, resolve_path
-
-if TYPE_CHECKING:
-    from grpo_ds.samples import AdvantageStage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,8 +118,8 @@ class Run:
         from grpo_ds.rewards import RewardPool
 
         data = self.recipe.data
-        self.rows = load_rows(data.train, data, self.bases, "data.train")
-        self.heldout_rows = load_rows(data.heldout, data, self.bases, "data.heldout") if data.heldout else None
+        self.rows = load_rows("train", data, self.bases)
+        self.heldout_rows = load_rows("heldout", data, self.bases) if data.heldout else None
         self.pool = RewardPool(self.recipe.reward, self.bases)
         self.closers.append(self.pool)
         self.pool.dry_run(self.rows.prompts, self.rows.columns)
@@ -140,6 +137,7 @@ class Run:
         recipe = self.recipe = build.locate_plugins(recipe, self.bases)
         self.estimator, self.needs = build.build_estimator(recipe)
         self.policy_loss, self.filter = build.build_policy_loss(recipe), build.build_filter(recipe)
+        build.check_heldout_metric(recipe)
         self.model_path = str(resolve_path(recipe.model.path, self.bases) or recipe.model.path)
         self.tokenizer = build.load_tokenizer(self.model_path, recipe.model)
         if self.ranks.leads_node:
@@ -215,6 +213,7 @@ class Run:
             self.reference = Scorer(make(frozen, config, actor=None), device)
 
     def _build_parts(self) -> None:
+        from grpo_ds import build
         from grpo_ds.actor import backend
         from grpo_ds.collect import Collector
         from grpo_ds.colocation import Colocation
@@ -222,6 +221,7 @@ class Run:
         from grpo_ds.inflight import Foreground, InFlight
         from grpo_ds.loop import Parts
         from grpo_ds.losses import KlController
+        from grpo_ds.metrics import reward_metrics
         from grpo_ds.objective import Objective
         from grpo_ds.parity import ParityGate
         from grpo_ds.sync.publish import WeightPublisher
@@ -243,7 +243,8 @@ class Run:
         )
         # Before the engine, because things are closed in reverse order and its end ends what waits for it.
         self.closers.insert(self.closers.index(self.log) + 1, self.generation)
-        self.collector = Collector(recipe, ranks, self.prompts, self.filter, self.generation, self.grader)
+        judges = (self.prompts, self.filter, self.generation, self.grader)
+        self.collector = Collector(recipe, ranks, *judges, self.log.say)
         layout: Any = "packed" if recipe.model.attn_implementation.startswith("flash") else "padded"
         self.parity = ParityGate(
             recipe,
@@ -263,7 +264,7 @@ class Run:
         self.parts = Parts(
             ranks=ranks,
             collector=self.collector,
-            advantage=self._advantage_stage(),
+            advantage=build.advantage_stage(recipe, self.estimator, self.needs, ranks),
             objective=Objective(self.policy_loss, recipe.actor, recipe.algorithm.importance),
             actor=self.policy,
             reference=self.reference,
@@ -274,22 +275,8 @@ class Run:
             layout=layout,
             after_round=self._after_round,
             colocation=Colocation(recipe.engine, ranks, self.engine, backend.free_device_memory if on_device else None),
+            reward_stats=lambda: reward_metrics(self.pool.take_stats() if self.pool else {}, ranks),
             engine_faults=self.sampler.faults,
-        )
-
-    def _advantage_stage(self) -> AdvantageStage:
-        """The estimator, with what it says it needs."""
-        from grpo_ds.rewards import function_names
-        from grpo_ds.samples import AdvantageStage
-
-        needs, recipe = self.needs, self.recipe
-        return AdvantageStage(
-            self.estimator,
-            mask_truncated=recipe.algorithm.mask_truncated_responses,
-            greedy_baseline=bool(needs["greedy_baseline"]),
-            min_group_size=int(needs["min_group_size"]),
-            functions=tuple(function_names(recipe.reward.functions)) if needs["per_function_rewards"] else None,
-            all_reduce=partial(self.ranks.sum, what="estimator") if needs["whole_batch"] else None,
         )
 
     def _resume_or_begin(self) -> None:
@@ -343,7 +330,7 @@ class Run:
         from grpo_ds.evaluate import evaluate
 
         self.generation.settle()  # an evaluation has the engine to itself
-        score = evaluate(self.heldout, self.sampler, self.grader, self.ranks)
+        score = evaluate(self.heldout, self.sampler, self.grader, self.ranks, self.recipe.train.heldout_metric)
         if score is not None:
             self.totals[name] = score
             self.log.say(f"held-out score {when}: {score:.1%}")

@@ -70,6 +70,10 @@ class Scored:
     parts: dict[str, float | None]
     """Each reward function's own value."""
 
+    def metric(self, name: str) -> float | None:
+        """`score`, or the value of the reward function of that name."""
+        return self.score if name == "score" else self.parts[name]
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

@@ -74,8 +74,6 @@ for suite in "${suites[@]}"; do
     marks="${marks:+$marks or }$mark"
 done
 
-run_pytest() { python -m pytest -q -m "$marks" "$@"; }
-
 # Two halves side by side: most of an engine's or a rank's start is one thread importing, and SLURM waits a lot.
 case "${suites[*]}" in
     fast) all=tests half=(tests/e2e tests/dist) ;;
@@ -84,20 +82,48 @@ case "${suites[*]}" in
 esac
 if [ ${#half[@]} = 0 ] || [ $# -gt 0 ]; then
     echo "test: pytest -m '$marks'"
-    run_pytest "$all" "$@"
-    exit
+    exec python -m pytest -q -m "$marks" "$all" "$@"
 fi
 everything_else() {
-    run_pytest "$all" "${half[@]/#/--ignore=}" || return
-    # The examples in the docstrings of the pure modules are tests too.
-    [ "$all" != tests ] || python -m pytest -q --doctest-modules grpo_ds/estimators grpo_ds/losses grpo_ds/filters
+    python -m pytest -q -m "$marks" "$all" "${half[@]/#/--ignore=}" || return
+    # The examples in docstrings are tests too. They import a module under its own name, as the product does.
+    [ "$all" != tests ] ||
+        grep -rlE --include='*.py' '^ *>>> ' grpo_ds | xargs python -m pytest -q --import-mode=prepend --doctest-modules
 }
 echo "test: pytest, in two halves: ${half[*]}, and everything else (its output comes second)"
 log=$(mktemp)
-everything_else >"$log" 2>&1 &
-other=$! code=0
-run_pytest "${half[@]}" || code=$?
-wait "$other" || code=$?
+# Each half is a process group (that is what set -m does): without job control the shell has what runs in the background
+# ignore an interrupt, and it would go on alone. pytest cleans up after an interrupt, so that is what any signal becomes.
+groups=() stopped=''
+pass_on() {
+    stopped=$1
+    local group
+    for group in "${groups[@]}"; do kill -INT -- "-$group" 2>/dev/null || true; done
+}
+trap 'pass_on 130' INT
+trap 'pass_on 143' TERM HUP
+set -m
+python -m pytest -q -m "$marks" "${half[@]}" </dev/null &
+groups+=($!)
+everything_else >"$log" 2>&1 </dev/null &
+groups+=($!)
+set +m
+code=0
+for group in "${groups[@]}"; do
+    [ -n "$stopped" ] || wait "$group" || code=$?
+done
+[ -z "$stopped" ] || code=$stopped
+deadline=$((SECONDS + 60))
+for group in "${groups[@]}"; do
+    while kill -0 -- "-$group" 2>/dev/null; do
+        if [ "$SECONDS" -ge "$deadline" ]; then
+            echo "test: processes of the tests are alive 60 s after the end, they are killed now" >&2
+            kill -KILL -- "-$group" 2>/dev/null || true
+            break
+        fi
+        sleep 0.2
+    done
+done
 cat "$log"
 rm -f "$log"
 exit "$code"

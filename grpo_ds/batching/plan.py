@@ -97,7 +97,7 @@ def plan_updates(
     >>> plan = plan_updates([SampleSize(0, 6, 2), SampleSize(0, 4, 1), SampleSize(1, 5, 3)], world=2, budget=8,
     ...                     layout="packed", groups_per_update=2, max_response_tokens=4)
     >>> plan[0].micro_batches, plan[0].totals.tokens
-    ((((0,), (2,)), ((), (1,))), 6)
+    ((((0,), ()), ((2,), (1,))), 6)
     """
     for i, size in enumerate(sizes):
         if size.tokens > budget:

@@ -93,6 +93,8 @@ class DrGrpo:
     singleton: Singleton = "reward"
     """Advantage of a response without siblings: its reward (mu = 0), or zero."""
 
+    norm_by_std: ClassVar[bool] = False  # so a recipe may say so
+
     def __call__(
         self, token_rewards: Tensor, response_mask: Tensor, group_index: Tensor, greedy_rewards: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

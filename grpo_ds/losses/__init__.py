@@ -5,7 +5,13 @@ from grpo_ds.losses.aggregate import MODES, Totals, aggregate
 from grpo_ds.losses.base import REGISTRY, get_policy_loss, register
 from grpo_ds.losses.kl import check_kl_name, kl_estimate
 from grpo_ds.losses.kl_control import KlController
-from grpo_ds.losses.mismatch import importance_weights, merge_mismatch, mismatch_stats, summarise_mismatch
+from grpo_ds.losses.mismatch import (
+    importance_weights,
+    merge_mismatch,
+    mismatch_stats,
+    rejection_mask,
+    summarise_mismatch,
+)
 
 __all__ = [
     "MODES",
@@ -20,6 +26,7 @@ __all__ = [
     "merge_mismatch",
     "mismatch_stats",
     "register",
+    "rejection_mask",
     "summarise_mismatch",
 ]
 del _policy

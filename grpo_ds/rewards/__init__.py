@@ -8,16 +8,19 @@ The contract of a reward function (TRL's):
 * `prompts`, `completions`, `completion_ids` and each data column are lists of equal length, one entry a sample.
 * `completions` holds strings, or `[{"role": "assistant", "content": text}]` where the prompt is a list of messages.
 * `None` in the result means "cannot be scored". NaN and infinity are refused.
-* The value of a sample must not depend on the other samples of the call: calls carry any number of samples, and a
-  call that fails is repeated sample by sample.
+* A call holds the responses of one prompt, all `rollout.n` of them in order (one response in an evaluation with
+  `train.heldout_n: 1`, and where an estimator asks for a greedy response), so a value may depend on its group.
+* Where a call fails, its samples are tried one by one to find the guilty ones. The others are called once more, together.
+* A class has options, its typed fields, which `reward.function_args` sets; its instances are called.
 
 Nothing in this package imports torch, so the processes that run rewards start fast and stay small.
 """
 
 from grpo_ds.rewards.combine import make_group, weighted_score
 from grpo_ds.rewards.overlong import soft_overlong_penalty
-from grpo_ds.rewards.pool import FunctionStats, RewardError, RewardPool
+from grpo_ds.rewards.pool import RewardPool
 from grpo_ds.rewards.resolve import function_names
+from grpo_ds.rewards.scoring import FunctionStats, RewardError
 
 __all__ = [
     "FunctionStats",

@@ -41,9 +41,9 @@ class RewardBatch:
             raise ValueError(f"the arguments of score differ in length: {lengths}")
         return RewardBatch(keywords, list(range(len(prompts)) if rows is None else rows))
 
-    def part(self, samples: range) -> dict[str, list[Any]]:
+    def part(self, samples: Sequence[int]) -> dict[str, list[Any]]:
         """The arguments for these samples."""
-        return {name: value[samples.start : samples.stop] for name, value in self.keywords.items()}
+        return {name: [value[sample] for sample in samples] for name, value in self.keywords.items()}
 
     def describe(self, sample: int) -> str:
         """How messages name a sample."""

@@ -1,77 +1,23 @@
 """`RewardPool`: calls the reward functions of a recipe in killable processes, with a deadline for every sample.
 
-Samples are sent in chunks. A chunk that misses the deadline, raises or loses its process is repeated sample by
-sample, so that exactly the guilty sample is found; `reward.on_error` says whether it ends the run or counts as
-`cannot be scored`. Returned values are checked and never repaired.
+A call holds the responses of one prompt, all of them; `grpo_ds.rewards.scoring` says what happens to one that fails.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pebble import ProcessExpired
-
 from grpo_ds.config import RecipeError, RewardConfig
-from grpo_ds.rewards import worker
 from grpo_ds.rewards.batch import RewardBatch
 from grpo_ds.rewards.combine import make_group
-from grpo_ds.rewards.processes import WorkerProcesses, first_done
+from grpo_ds.rewards.processes import WorkerProcesses
 from grpo_ds.rewards.resolve import function_names
+from grpo_ds.rewards.scoring import FunctionState, FunctionStats, RewardError, Scoring
 from grpo_ds.types import Group, Prompt, Rollout
-
-CHUNK_SAMPLES = 16
-"""Samples of one call."""
-START_S = 60.0
-"""Deadline for a fresh process to load the reward functions, in seconds."""
-_MAX_RESTARTS = 3
-
-
-class RewardError(RuntimeError):
-    """A reward function failed on a sample; the message names the function, the sample and the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class FunctionStats:
-    """What one reward function did since the last `take_stats`."""
-
-    samples: int
-    """Samples it was asked about."""
-    unscored: int
-    """Samples without a value: the function returned None, or failed while `on_error: unscored`."""
-    timeouts: int
-    """Samples that missed the deadline."""
-    errors: int
-    """Samples on which it raised or its process died."""
-    p95_call_s: float
-    """95th percentile of the duration of a successful call (a chunk of samples), in seconds."""
-
-
-@dataclass(slots=True)
-class _Counter:
-    samples: int = 0
-    unscored: int = 0
-    timeouts: int = 0
-    errors: int = 0
-    call_s: list[float] = field(default_factory=list)
-
-    def stats(self) -> FunctionStats:
-        ordered = sorted(self.call_s)
-        p95 = ordered[max(0, -(-95 * len(ordered) // 100) - 1)] if ordered else 0.0  # nearest rank
-        return FunctionStats(self.samples, self.unscored, self.timeouts, self.errors, p95)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    which: int
-    """Number of the function."""
-    samples: range
-    """Positions in the batch."""
 
 
 class RewardPool:
@@ -84,11 +30,16 @@ class RewardPool:
     def __init__(self, config: RewardConfig, base_dirs: Sequence[Path]) -> None:
         self.names = function_names(config.functions)
         """Name of each function, as in `Scored.parts`."""
+        for name in config.function_args:
+            if name not in self.names:
+                near = difflib.get_close_matches(name, self.names, n=1) or self.names
+                raise RecipeError(
+                    f"reward.function_args names {name!r}, which is no reward function: is it {near[0]!r}?"
+                )
+        options = [config.function_args.get(name, {}) for name in self.names]
         self._config = config
-        self._processes = WorkerProcesses(config.functions, base_dirs, config.workers)
-        self._counters = [_Counter() for _ in config.functions]
-        # A function for which a whole chunk takes longer than the deadline of a sample gets one sample a call.
-        self._chunk = [CHUNK_SAMPLES] * len(config.functions)
+        self._processes = WorkerProcesses(config.functions, options, base_dirs, config.workers)
+        self._functions = [FunctionState(name) for name in self.names]
 
     def __enter__(self) -> Self:
         return self
@@ -97,10 +48,6 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def warm_up(self) -> None:
-        """Starts the processes and returns at once, so that they load while a model does."""
-        self._processes.warm_up()
 
     def close(self) -> None:
         """Ends all reward processes within 5 seconds."""
@@ -112,9 +59,7 @@ class RewardPool:
 
     def take_stats(self) -> dict[str, FunctionStats]:
         """Counts of each function since the last call."""
-        taken = {name: counter.stats() for name, counter in zip(self.names, self._counters, strict=True)}
-        self._counters = [_Counter() for _ in self.names]
-        return taken
+        return {function.name: function.take_stats() for function in self._functions}
 
     def score(
         self,
@@ -123,15 +68,19 @@ class RewardPool:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         rows: Sequence[int] | None = None,
+        group_sizes: Sequence[int] | None = None,
     ) -> list[dict[str, float | None]]:
         """Every function's value of every sample: N mappings {function name: value or None}.
 
         All arguments have N entries. `prompts` are strings or lists of messages; `completions` are strings and reach
         the function as messages where the prompt is one. `rows` are the rows of the data file, for messages only.
+        `group_sizes`: how many neighbours belong to one prompt and go into one call; None: all of them do.
         Raises RewardError (see `reward.on_error`) and RecipeError when a function cannot be loaded or called.
         """
         batch = RewardBatch.make(prompts, completions, completion_ids, columns, rows)
-        return _Scoring(self, batch, self._config.on_error == "fail").run()
+        sizes = [len(batch.rows)] if group_sizes is None else group_sizes
+        values = Scoring(self._processes, self._functions, self._config, batch).run(sizes)
+        return [dict(zip(self.names, parts, strict=True)) for parts in zip(*values, strict=True)]
 
     def score_groups(
         self, pairs: Sequence[tuple[Prompt, Sequence[Rollout]]], *, max_response_tokens: int
@@ -146,6 +95,7 @@ class RewardPool:
             [list(rollout.token_ids) for _, rollout in flat],
             {name: [prompt.columns.get(name) for prompt, _ in flat] for name in names},
             [prompt.row for prompt, _ in flat],
+            [len(rollouts) for _, rollouts in pairs],
         )
         groups, begin = [], 0
         for prompt, rollouts in pairs:
@@ -170,6 +120,7 @@ class RewardPool:
             [[], [0]] * (len(rows) // 2),
             {name: [columns[row].get(name) for row in rows] for name in names},
             rows,
+            [2] * (len(rows) // 2),
         )
         for name, stats in self.take_stats().items():
             if stats.timeouts + stats.errors == stats.samples:
@@ -177,109 +128,3 @@ class RewardPool:
                     f"reward {name} failed on all {stats.samples} samples of the dry run ({stats.errors} errors, "
                     f"{stats.timeouts} timeouts); set reward.on_error: fail to see the first of them"
                 )
-
-
-class _Scoring:
-    """One `score` call: which jobs are out, and what came back."""
-
-    def __init__(self, pool: RewardPool, batch: RewardBatch, fail: bool) -> None:
-        self._pool, self._batch, self._fail = pool, batch, fail
-        self._values: list[list[float | None]] = [[None] * len(batch.rows) for _ in pool.names]
-        self._out: dict[Future[Any], _Job] = {}
-        self._restarts = 0
-        # Functions with a chunk that missed its deadline, and whether one of its samples did so alone.
-        self._slow_chunks: dict[int, bool] = {}
-
-    def run(self) -> list[dict[str, float | None]]:
-        total = len(self._batch.rows)
-        for which, step in enumerate(self._pool._chunk):
-            self._pool._counters[which].samples += total
-            for begin in range(0, total, step):
-                self._submit(_Job(which, range(begin, min(begin + step, total))))
-        try:
-            while self._out:
-                self._settle_some()
-        finally:
-            for future in self._out:  # only after an error: the run ends or the caller goes on without them
-                future.cancel()
-        for which, guilty_alone in self._slow_chunks.items():
-            self._pool._chunk[which] = self._pool._chunk[which] if guilty_alone else 1
-        for counter, values in zip(self._pool._counters, self._values, strict=True):
-            counter.unscored += values.count(None)
-        return [dict(zip(self._pool.names, parts, strict=True)) for parts in zip(*self._values, strict=True)]
-
-    def _submit(self, job: _Job) -> None:
-        arguments = (job.which, self._batch.part(job.samples))
-        future = self._pool._processes.submit(worker.call, arguments, self._pool._config.timeout_s)
-        self._out[future] = job
-
-    def _settle_some(self) -> None:
-        deadline_s = self._pool._config.timeout_s + START_S
-        done = first_done(list(self._out), deadline_s)
-        if not done:
-            raise RewardError(
-                f"the reward processes answered none of {len(self._out)} calls within {deadline_s:.0f} s "
-                "(reward.timeout_s plus the time to load the functions); check what the reward modules do on import"
-            )
-        broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
-        for future in done.difference(broken):
-            self._settle(self._out.pop(future), future)
-        if broken:
-            self._restart(str(broken[0].exception()))
-
-    def _restart(self, reason: str) -> None:
-        self._restarts += 1
-        if self._restarts > _MAX_RESTARTS:
-            raise RewardError(
-                f"the reward processes died {self._restarts} times outside of any call ({reason}); "
-                "check the machine's memory and what the reward modules do on import"
-            )
-        jobs = list(self._out.values())
-        self._out.clear()
-        self._pool._processes.restart()
-        for job in jobs:
-            self._submit(job)
-
-    def _settle(self, job: _Job, future: Future[Any]) -> None:
-        error, counter = future.exception(), self._pool._counters[job.which]
-        if isinstance(error, TimeoutError):
-            if len(job.samples) == 1:
-                counter.timeouts += 1
-                self._slow_chunks[job.which] = True
-            else:
-                self._slow_chunks.setdefault(job.which, False)
-            self._failed(job, f"missed its deadline of {self._pool._config.timeout_s:g} s (reward.timeout_s)")
-        elif isinstance(error, ProcessExpired):
-            counter.errors += len(job.samples) == 1
-            self._failed(job, f"ended its process with exit code {error.exitcode}")
-        elif error is not None:
-            raise error
-        else:
-            self._answered(job, future.result())
-
-    def _answered(self, job: _Job, result: worker.CallResult) -> None:
-        counter, name = self._pool._counters[job.which], self._pool.names[job.which]
-        if result.status == "ok":
-            counter.call_s.append(result.seconds)
-            self._values[job.which][job.samples.start : job.samples.stop] = result.values
-        elif result.status == "recipe":
-            raise RecipeError(result.message)
-        elif result.status == "count":
-            raise RewardError(f"reward {name} {result.message}; return one number or None a completion")
-        elif result.status == "value":
-            sample = self._batch.describe(job.samples[result.position])
-            raise RewardError(f"reward {name} {result.message} ({sample}); return None for `cannot be scored`")
-        else:
-            counter.errors += len(job.samples) == 1
-            self._failed(job, result.message)
-
-    def _failed(self, job: _Job, reason: str) -> None:
-        if len(job.samples) > 1:
-            for sample in job.samples:
-                self._submit(_Job(job.which, range(sample, sample + 1)))
-        elif self._fail:
-            where = self._batch.describe(job.samples[0])
-            raise RewardError(
-                f"reward {self._pool.names[job.which]} {reason} on {where}; correct the function, or set "
-                "reward.on_error: unscored to leave such samples out"
-            )

@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
@@ -39,14 +39,17 @@ class _TrackingContext(SpawnContext):
 
 
 class WorkerProcesses:
-    """`count` processes with the functions of `specs` loaded; a dead or killed process is replaced.
+    """`count` processes with the functions of `specs`, each with its options, loaded; a dead or killed process is replaced.
 
-    The processes die with the THREAD that first called `submit` or `warm_up` (Linux' parent-death signal belongs to a
+    The processes die with the THREAD that first called `submit` (Linux' parent-death signal belongs to a
     thread), so that should be one that lives as long as the run; if it does end, the next call starts new processes.
     """
 
-    def __init__(self, specs: Sequence[str], base_dirs: Sequence[Path], count: int) -> None:
-        self._specs, self._base_dirs, self._count = list(specs), [str(base) for base in base_dirs], count
+    def __init__(
+        self, specs: Sequence[str], options: Sequence[Mapping[str, Any]], base_dirs: Sequence[Path], count: int
+    ) -> None:
+        self._functions = [(spec, dict(given)) for spec, given in zip(specs, options, strict=True)]
+        self._base_dirs, self._count = [str(base) for base in base_dirs], count
         self._pool: ProcessPool | None = None
         self._context: _TrackingContext | None = None
 
@@ -63,11 +66,6 @@ class WorkerProcesses:
             future.set_exception(BrokenProcessPool(str(error)))
             return future
 
-    def warm_up(self) -> None:
-        """Starts the processes without waiting for them."""
-        if self._pool is None:
-            self.submit(worker.ready, (), None)
-
     def restart(self) -> None:
         """Ends what is left of the old processes and makes new ones."""
         self.close()
@@ -75,7 +73,7 @@ class WorkerProcesses:
         self._pool = ProcessPool(
             max_workers=self._count,
             initializer=worker.start,
-            initargs=(self._specs, self._base_dirs, os.getpid()),
+            initargs=(self._functions, self._base_dirs, os.getpid()),
             context=self._context,
         )
 
@@ -109,8 +107,3 @@ def _kill(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
-
-
-def first_done(futures: Sequence[Future[Any]], timeout_s: float) -> set[Future[Any]]:
-    """The futures that are done, at least one; empty when none was within `timeout_s` seconds."""
-    return wait(futures, timeout=timeout_s, return_when=FIRST_COMPLETED).done

@@ -4,8 +4,9 @@ imports no torch."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from grpo_ds.config import RecipeError
@@ -30,14 +31,17 @@ for _name, _function in BUILTINS.items():
     REGISTRY.register(_name)(_function)
 
 
-def resolve(spec: str, base_dirs: Sequence[Path]) -> Callable[..., Any]:
+def resolve(
+    spec: str, base_dirs: Sequence[Path], options: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[..., Any]:
     """The function that `spec` names: a built-in, an entry point, `package.module.function` or `path/file.py:function`.
 
-    A file is looked up in each of `base_dirs`. Raises RecipeError, in one sentence that names the distribution it came
-    from, when there is no such function or it is not one that can be called with keywords.
+    A class is made with `options` (reward.function_args). A file is looked up in each of `base_dirs`. Raises RecipeError,
+    in one sentence that names the distribution it came from, when there is no such function or it is not one that can be
+    called with keywords.
     """
     try:
-        function: Callable[..., Any] = REGISTRY.build(spec, bases=base_dirs)
+        function: Callable[..., Any] = REGISTRY.build(spec, options, bases=base_dirs)
     except RecipeError as error:
         raise RecipeError(f"reward.functions: {error}") from error
     return function

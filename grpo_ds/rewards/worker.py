@@ -50,8 +50,8 @@ _functions: list[Callable[..., Any] | CallResult] = []
 _names: list[str] = []
 
 
-def start(specs: Sequence[str], base_dirs: Sequence[str], parent_pid: int) -> None:
-    """Prepares the process, then loads every reward function once.
+def start(functions: Sequence[tuple[str, dict[str, Any]]], base_dirs: Sequence[str], parent_pid: int) -> None:
+    """Prepares the process, then loads every reward function, with its options, once.
 
     A function that cannot be loaded is remembered as the answer to every call: raising here would only make the pool
     replace the process again and again.
@@ -62,8 +62,8 @@ def start(specs: Sequence[str], base_dirs: Sequence[str], parent_pid: int) -> No
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
     os.environ["OMP_NUM_THREADS"] = "1"
-    _names[:] = function_names(specs)
-    _functions[:] = [_load(spec, [Path(base) for base in base_dirs]) for spec in specs]
+    _names[:] = function_names([spec for spec, _ in functions])
+    _functions[:] = [_load(spec, options, [Path(base) for base in base_dirs]) for spec, options in functions]
 
 
 def _die_with_parent(parent_pid: int) -> None:
@@ -74,9 +74,9 @@ def _die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def _load(spec: str, base_dirs: Sequence[Path]) -> Callable[..., Any] | CallResult:
+def _load(spec: str, options: dict[str, Any], base_dirs: Sequence[Path]) -> Callable[..., Any] | CallResult:
     try:
-        return resolve(spec, base_dirs)
+        return resolve(spec, base_dirs, options)
     except RecipeError as error:
         return CallResult(status="recipe", message=str(error))
     except (Exception, SystemExit) as error:
@@ -84,11 +84,6 @@ def _load(spec: str, base_dirs: Sequence[Path]) -> Callable[..., Any] | CallResu
             status="recipe",
             message=f"reward.functions: importing {spec!r} failed: {describe(error)}; correct the module",
         )
-
-
-def ready() -> int:
-    """The process id; answers once the functions are loaded."""
-    return os.getpid()
 
 
 def call(which: int, keywords: dict[str, Any]) -> CallResult:

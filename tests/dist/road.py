@@ -97,9 +97,9 @@ def round_gradients(
     collection = Collection(groups, sorted(set(GROUPS)), {}, groups)
     with _order(case.shuffle):
         with _mistake(case.mistake, ranks):
-            samples = loop.advantages(recipe, parts, collection, Clock())
+            samples, known = loop.advantages(recipe, parts, collection, Clock())
         work = balance.assign(recipe, ranks, parts.layout, collection.order, samples)
-    _, norms = loop.update(parts, work, 0, Clock())
+    _, norms = loop.update(parts, work, 0, Clock(), known)
     return actor.gradients, norms, work.plan
 
 
@@ -183,11 +183,11 @@ def _mistake(name: str, ranks: Ranks) -> Iterator[None]:
         yield
         return
 
-    def home(work: Any, at: Ranks, layout: Any, device: torch.device, value: Callable[[MicroBatch], Tensor]) -> Any:
+    def home(work: Any, at: Ranks, values: list[list[Tensor]]) -> Any:
         if name == "lost_penalties":
             lost = ranks.rank == ranks.world - 1
-            return balance.per_token_home(work, at, layout, device, lambda m: value(m) * (0.0 if lost else 1.0))
-        return balance.per_token_home(work, at, layout, device, value)[::-1]
+            return balance.per_token_home(work, at, [[v * (0.0 if lost else 1.0) for v in row] for row in values])
+        return balance.per_token_home(work, at, values)[::-1]
 
     with patch.object(loop, "per_token_home", home):
         yield

@@ -76,7 +76,7 @@ def train(bench: Bench, sender: Sender, mode: str) -> tuple[list[Collection], Co
     sampler = EngineSampler(bench.engine, settings, lambda ids: "", OneRank())  # type: ignore[arg-type]
     generation = Foreground(sampler) if mode == "drain" else InFlight(sampler)
     keep = get_filter("dynamic_sampling")
-    collector = Collector(settings, OneRank(), Prompts(), keep, generation, grade)  # type: ignore[arg-type]
+    collector = Collector(settings, OneRank(), Prompts(), keep, generation, grade, print)  # type: ignore[arg-type]
     collections = []
     for k in range(ROUNDS):
         perturb(bench.model, FIRST + k)

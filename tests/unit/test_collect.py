@@ -21,9 +21,17 @@ from grpo_ds.config import (
 )
 from grpo_ds.filters import Decision, get_filter
 from grpo_ds.inflight import Foreground
-from grpo_ds.metrics import group_metrics
+from grpo_ds.metrics import group_metrics, reward_metrics
+from grpo_ds.rewards import FunctionStats, make_group, soft_overlong_penalty
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 from tests.unit.engine_fakes import OneRank
+
+
+def scored(rollout: Rollout, score: float | None) -> Scored:
+    """What the filter must not look at is never what it must look at: rewards are shaped, and part `g` is the opposite."""
+    return Scored(
+        rollout, score, None if score is None else score - 7, {"f": score, "g": None if score is None else -3.0}
+    )
 
 
 class Endless:
@@ -36,6 +44,7 @@ class World:
 
     def __init__(self, scores: Callable[[int], list[float | None]], **filter_groups: Any) -> None:
         self.scores = scores
+        self.said: list[str] = []
         self.version = 0
         self.asked: list[tuple[str, int, list[int]]] = []
         recipe = Recipe(
@@ -48,7 +57,8 @@ class World:
         )
         keep = get_filter("dynamic_sampling")
         generation = Foreground(self._sample)
-        self.collector = Collector(recipe, OneRank(), Endless(), keep, generation, self._grade)  # type: ignore[arg-type]
+        ranks: Any = OneRank()
+        self.collector = Collector(recipe, ranks, Endless(), keep, generation, self._grade, self.said.append)
 
     def _sample(self, prompts: list[Prompt], purpose: str, round_index: int) -> list[list[Rollout]]:
         self.asked.append((purpose, round_index, [p.index for p in prompts]))
@@ -57,7 +67,7 @@ class World:
 
     def _grade(self, pairs: list[tuple[Prompt, list[Rollout]]]) -> list[Group]:
         return [
-            Group(p, tuple(Scored(r, s, s, {"f": s}) for r, s in zip(rollouts, self.scores(p.index), strict=True)))
+            Group(p, tuple(scored(r, s) for r, s in zip(rollouts, self.scores(p.index), strict=True)))
             for p, rollouts in pairs
         ]
 
@@ -132,7 +142,8 @@ def test_exhaustion_is_an_error_that_counts_what_was_seen() -> None:
     with pytest.raises(Exhausted) as error:
         world.collect(9)
     assert "round 9: 2 generation batches" in str(error.value)
-    assert "2 of 3 groups whose scores differ (2 kept, 2 all_right, 2 all_wrong, 2 unscorable)" in str(error.value)
+    assert str(error.value).endswith("or set on_exhausted: train_partial")
+    assert "2 of 3 groups that the filter keeps (2 kept, 2 all_right, 2 all_wrong, 2 unscorable)" in str(error.value)
 
 
 def test_train_partial_takes_what_there_is_but_not_nothing() -> None:
@@ -140,8 +151,9 @@ def test_train_partial_takes_what_there_is_but_not_nothing() -> None:
         lambda index: [0.0, 1.0] if index == 1 else [0.0, 0.0], max_num_gen_batches=2, on_exhausted="train_partial"
     )
     assert world.collect().order == [1]
-    with pytest.raises(Exhausted, match="0 of 3 groups"):
+    with pytest.raises(Exhausted, match="0 of 3 groups") as error:
         world.collect(1)
+    assert "train_partial" not in str(error.value), "it is on already, and there is nothing to train on"
 
 
 def test_without_the_filter_equal_scores_are_kept_and_only_unscorable_groups_are_not() -> None:
@@ -166,3 +178,68 @@ def test_without_the_filter_one_scored_response_is_enough() -> None:
     collection = world.collect()
     assert collection.order == [0, 1, 2]
     assert collection.counts["kept"] == 4 and "dropped/unscorable" not in collection.counts
+
+
+def test_without_the_filter_exhaustion_does_not_speak_of_it() -> None:
+    world = World(lambda index: [None, None], enable=False, max_num_gen_batches=1)
+    with pytest.raises(
+        Exhausted, match=r"0 of 3 groups with a score \(4 unscorable\): look at the reward functions"
+    ) as error:
+        world.collect()
+    assert "filter keeps" not in str(error.value) and "train_partial" not in str(error.value)
+
+
+def test_a_round_that_needs_many_batches_says_so_a_line_a_batch() -> None:
+    world = World(lambda index: [0.0, 1.0] if index % 8 == 7 else [1.0, 1.0], max_num_gen_batches=0)
+    assert world.collect(3).order == [7, 15, 23]
+    assert [line.partition(" begins")[0] for line in world.said] == [f"round 3: generation batch {k}" for k in (5, 6)]
+    assert world.said[0].endswith("so far 2 of 3 groups that the filter keeps (2 kept, 14 all_right)")
+    quick = World(odd_prompts_differ)
+    quick.collect()
+    assert quick.said == []
+
+
+@pytest.mark.parametrize("answer", [True, None, (True, "kept"), Decision(False, None), Decision("yes", "kept")])  # type: ignore[arg-type]
+def test_a_filter_that_gives_no_decision_is_named(answer: Any) -> None:
+    world = World(odd_prompts_differ)
+    world.collector.keep = lambda scores: answer
+    with pytest.raises(
+        ValueError, match="filter 'dynamic_sampling' from grpo_ds .* must return grpo_ds.filters.Decision"
+    ):
+        world.collect()
+
+
+@pytest.mark.parametrize(("metric", "kept"), [("score", []), ("shaped", [0, 1, 2])])
+def test_soft_overlong_punishment_smuggles_no_all_correct_group_through(metric: str, kept: list[int]) -> None:
+    # Both answers are right, one is 4 tokens, one is 10 of 10: with a buffer of 4 their rewards are 1 and 0.
+    reward = RewardConfig(functions=["right", "shaped"], weights=[1.0, 0.0], overlong_buffer_len=4)
+    world = World(odd_prompts_differ, metric_to_filter=metric, on_exhausted="train_partial", max_num_gen_batches=1)
+
+    def grade(pairs: list[tuple[Prompt, list[Rollout]]]) -> list[Group]:
+        groups = []
+        for asked, _ in pairs:
+            rollouts = [Rollout((5,) * n, (-1.0,) * n, "stop", (VersionSpan(0, 0, n),), "") for n in (4, 10)]
+            parts = [
+                {"right": 1.0, "shaped": 1.0 + soft_overlong_penalty(len(r.token_ids), 10, 4, 1.0)} for r in rollouts
+            ]
+            groups.append(make_group(asked, rollouts, parts, reward, 10))
+        return groups
+
+    world.collector.grader = grade
+    if kept:
+        collection = world.collect()
+        assert collection.order == kept
+        assert [m.reward for m in collection.groups[0].members] == [1.0, 0.0]
+        return
+    with pytest.raises(Exhausted, match=r"0 of 3 groups .*4 all_right"):
+        world.collect()
+
+
+def test_what_reward_functions_did_is_summed_over_nodes_and_the_slowest_call_counts() -> None:
+    class TwoNodes:
+        def all_gather(self, value: Any, what: str) -> list[Any]:
+            return [value, {}, {"f": dict(samples=9, unscored=2, timeouts=1, errors=0, p95_call_s=0.5)}]
+
+    row = reward_metrics({"f": FunctionStats(4, 3, 0, 3, 0.25)}, TwoNodes())  # type: ignore[arg-type]
+    assert row == {"reward/f/errors": 3, "reward/f/timeouts": 1, "reward/f/unscored": 5, "reward/f/p95_s": 0.5}
+    assert reward_metrics({}, OneRank()) == {}  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ class Node:
 
 def collector(settings: Recipe, rank: Any, node: Node) -> Collector:
     generation = Foreground(node.sample) if settings.sync.mode == "drain" else node
-    return Collector(settings, rank, Endless(), KEEP, generation, grade)  # type: ignore[arg-type]
+    return Collector(settings, rank, Endless(), KEEP, generation, grade, print)  # type: ignore[arg-type]
 
 
 @dataclass

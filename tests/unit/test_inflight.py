@@ -327,7 +327,7 @@ def test_rounds_on_replicas_that_fail_answer_and_train_each_prompt_once(diary: D
 
         sampler = EngineSampler(pool, settings, lambda ids: "", rank, republish)
         running = InFlight(sampler)
-        collects = Collector(settings, rank, Endless(), KEEP, running, grade)
+        collects = Collector(settings, rank, Endless(), KEEP, running, grade, print)
         stories[number] = []
         for version in range(rounds):
             for engine in own.made:

@@ -26,7 +26,7 @@ OUTSIDE = {
     "deepspeed": ["grpo_ds/actor/backend.py"],
     "httpx": ["grpo_ds/engine/http.py"],
     "jsonargparse": ["grpo_ds/recipe.py"],
-    "pebble": ["grpo_ds/rewards/pool.py", "grpo_ds/rewards/processes.py"],
+    "pebble": ["grpo_ds/rewards/processes.py", "grpo_ds/rewards/scoring.py"],
     "psutil": ["grpo_ds/doctor.py"],
     "pyarrow": ["grpo_ds/prompts.py"],
     "safetensors": ["grpo_ds/samples.py"],

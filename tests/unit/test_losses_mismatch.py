@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from grpo_ds.config import RecipeError
-from grpo_ds.losses import importance_weights, kl_estimate, merge_mismatch, mismatch_stats, summarise_mismatch
+from grpo_ds.losses import (
+    KlController,
+    importance_weights,
+    kl_estimate,
+    merge_mismatch,
+    mismatch_stats,
+    rejection_mask,
+    summarise_mismatch,
+)
 
 FORMULAS = {
     "k1": lambda d: d,
@@ -92,7 +100,7 @@ def test_weights_of_an_empty_micro_batch_are_empty() -> None:
     empty, index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     for level in ("off", "token", "sequence"):
         assert importance_weights(empty, empty, index, level, "truncate", 0.5, 2.0).shape == (0,)
-    assert summarise_mismatch(mismatch_stats(empty, empty, empty)) == {}
+        assert summarise_mismatch(mismatch_stats(empty, empty, empty, index, level)) == {}
 
 
 def test_unknown_level_and_mode_are_refused() -> None:
@@ -110,13 +118,47 @@ def random_tokens(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return old, roll, (old - roll).exp().clamp(max=1.1)
 
 
+def stats(old: Tensor, roll: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Of token weights; which sequences the tokens belong to does not matter then."""
+    return mismatch_stats(old, roll, weights, torch.zeros(len(old), dtype=torch.int64), "token")
+
+
+def test_chi_squared_and_sample_size_of_sequence_weights_are_those_of_whole_sequences() -> None:
+    # Sequence weights 2 * 2 = 4 and 0.5 * 2 * 2 = 2: mean square (16 + 4) / 2, ess (4 + 2)^2 / (20 * 2).
+    old, roll = torch.tensor([2.0, 2.0, 0.5, 2.0, 2.0]).log(), torch.zeros(5)
+    index = torch.tensor([0, 0, 1, 1, 1])
+    weights = importance_weights(old, roll, index, "sequence", "truncate", 0.5, 3.0)
+    summary = summarise_mismatch(mismatch_stats(old, roll, weights, index, "sequence"))
+    assert (summary["chi2"], summary["ess"]) == pytest.approx((10 - 1, 0.9))
+    assert summary["weight_mean"] == pytest.approx((3 + 3 + 2 + 2 + 2) / 5)
+    # Four tokens of weight 2 and one of 0.5: mean square (16 + 0.25) / 5.
+    by_token = summarise_mismatch(mismatch_stats(old, roll, weights, index, "token"))
+    assert by_token["chi2"] == pytest.approx(16.25 / 5 - 1)
+    halves = [
+        mismatch_stats(old[part], roll[part], weights[part], index[part], "sequence")
+        for part in (index == 0, index == 1)
+    ]
+    assert summarise_mismatch(merge_mismatch(*halves)) == pytest.approx(summary)
+
+
+def test_rejection_looks_at_the_token_or_at_its_sequence() -> None:
+    # Ratios 4, 0.25 | 3, 3 | 0.1: products 1, 9 and 0.1, geometric means 1, 3 and 0.1.
+    old, roll, index = torch.tensor([4.0, 0.25, 3.0, 3.0, 0.1]).log(), torch.zeros(5), torch.tensor([0, 0, 1, 1, 2])
+    expected = {"token": [0, 1, 1, 1, 0], "sequence": [1, 1, 0, 0, 0], "geometric": [1, 1, 1, 1, 0]}
+    for level, mask in expected.items():
+        assert rejection_mask(old, roll, index, level, 0.2, 3.5).tolist() == mask, level
+    assert rejection_mask(old, roll, index, "token", 0.0, 1e9).tolist() == [1] * 5
+    with pytest.raises(RecipeError, match="importance.reject 'off' must be"):
+        rejection_mask(old, roll, index, "off", 0.5, 2.0)
+
+
 def test_the_summary_equals_the_definitions() -> None:
     old, roll, weights = random_tokens(0, 3000)
     pairs = list(zip(old.tolist(), roll.tolist(), strict=True))
     gaps = sorted(abs(math.exp(x) - math.exp(y)) for x, y in pairs)
     raw = [math.exp(x - y) for x, y in pairs]
     n = len(pairs)
-    summary = summarise_mismatch(mismatch_stats(old, roll, weights))
+    summary = summarise_mismatch(stats(old, roll, weights))
     assert summary["prob_gap_p99"] == pytest.approx(gaps[math.ceil(0.99 * n) - 1], rel=0.05)
     exact = {
         "prob_gap_mean": sum(gaps) / n,
@@ -135,14 +177,14 @@ def test_the_percentile_sees_a_tail_that_the_mean_hides() -> None:
     # 2 of 100 tokens differ by 0.5 - 0.25, the others not at all.
     old = torch.cat([torch.full((2,), 0.5), torch.full((98,), 0.9)]).log()
     roll = torch.cat([torch.full((2,), 0.25), torch.full((98,), 0.9)]).log()
-    summary = summarise_mismatch(mismatch_stats(old, roll, torch.ones(100)))
+    summary = summarise_mismatch(stats(old, roll, torch.ones(100)))
     assert summary["prob_gap_mean"] == pytest.approx(0.005, rel=1e-5)
     assert summary["prob_gap_p99"] == pytest.approx(0.25, rel=1e-5)
 
 
 def test_equal_log_probabilities_are_no_mismatch() -> None:
     old = torch.tensor([-0.1, -2.0])
-    summary = summarise_mismatch(mismatch_stats(old, old, torch.tensor([1.0, 0.0])))
+    summary = summarise_mismatch(stats(old, old, torch.tensor([1.0, 0.0])))
     zero = ("prob_gap_mean", "prob_gap_max", "prob_gap_p99", "weight_outside", "kl", "chi2")
     assert all(summary[name] == 0.0 for name in zero)
     assert summary["ess"] == 1.0 and summary["weight_mean"] == 0.5 and summary["weight_zero"] == 0.5
@@ -150,8 +192,27 @@ def test_equal_log_probabilities_are_no_mismatch() -> None:
 
 def test_merged_micro_batches_give_the_summary_of_the_whole() -> None:
     old, roll, weights = random_tokens(1, 500)
-    merged = mismatch_stats(old[:0], roll[:0], weights[:0])
+    merged = stats(old[:0], roll[:0], weights[:0])
     for low, high in ((0, 7), (7, 400), (400, 500)):
-        merged = merge_mismatch(merged, mismatch_stats(old[low:high], roll[low:high], weights[low:high]))
-    whole = summarise_mismatch(mismatch_stats(old, roll, weights))
+        merged = merge_mismatch(merged, stats(old[low:high], roll[low:high], weights[low:high]))
+    whole = summarise_mismatch(stats(old, roll, weights))
     assert summarise_mismatch(merged) == pytest.approx(whole, rel=1e-12)
+
+
+def coefficient_after(kl: float, samples: int) -> float:
+    control = KlController(coef=1.0, target=0.1, horizon=10_000)
+    control.update(kl, samples)
+    return control.coef
+
+
+def test_the_coefficient_moves_with_the_error_and_the_samples_and_never_below_zero() -> None:
+    # e is -0.1, and -1 clipped to -0.2; 5,000 samples are half of it, and no round is more than all of it.
+    assert coefficient_after(kl=0.09, samples=5_000) == pytest.approx(1 - 0.1 / 2)
+    assert coefficient_after(kl=0.0, samples=5_000) == pytest.approx(1 - 0.2 / 2)
+    assert coefficient_after(kl=0.0, samples=10_000) == pytest.approx(0.8)
+    assert coefficient_after(kl=0.0, samples=65_536) == pytest.approx(0.8), "unbounded it is 1 - 0.2 * 6.5536 = -0.31"
+    assert coefficient_after(kl=9.0, samples=65_536) == pytest.approx(1.2)
+    assert coefficient_after(kl=0.1, samples=65_536) == 1.0
+    fixed = KlController(coef=0.3, target=None, horizon=1)
+    fixed.update(kl=5.0, samples=100)
+    assert fixed.coef == 0.3

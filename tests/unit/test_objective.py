@@ -97,6 +97,46 @@ def test_an_empty_micro_batch_gives_a_zero_with_a_gradient_and_the_same_statisti
     assert stats.keys() == call(BATCH, torch.zeros(2), ref=torch.zeros(2))[1].keys()
 
 
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (lambda lp: (lp.mean(), {}), r"a loss of shape \(\)"),
+        (lambda lp: (lp[None], {}), r"a loss of shape \(1, 2\)"),
+        (lambda lp: lp, "a Tensor"),
+        (lambda lp: (lp, {}, {}), "a tuple of 3"),
+        (lambda lp: (lp.detach(), {}), "a loss without a gradient"),
+        (lambda lp: (lp.long(), {}), "a loss of type torch.int64"),
+        (lambda lp: (0.5, {}), "a loss of type float"),
+        (lambda lp: (lp * float("inf"), {}), "the loss -inf for finite log-probabilities"),
+        (lambda lp: (lp, {"clipped": 0.5}), "stats that are no dict of tensors"),
+    ],
+)
+def test_a_policy_loss_that_breaks_its_contract_is_named(result: Any, fault: str) -> None:
+    objective = Objective(lambda lp, *_: result(lp), ActorConfig(policy_loss_fn="gpg"), ImportanceConfig())
+    lp = torch.tensor([-1.0, -1.0], requires_grad=True)
+    rest: Any = {"version": 3, "old_logprobs": None, "ref_logprobs": None, "kl_coef": 0.0}
+    with pytest.raises(
+        ValueError, match=f"policy_loss_fn: policy loss 'gpg' from grpo_ds .* returned {fault}.* 2 tokens"
+    ):
+        objective(lp, lp.detach(), BATCH, TOTALS, **rest)
+
+
+def test_log_probabilities_that_are_not_finite_are_not_blamed_on_the_policy_loss() -> None:
+    share, _ = call(BATCH, torch.tensor([float("nan"), -1.0], requires_grad=True))
+    assert math.isnan(share.item())
+
+
+def test_rejected_tokens_give_no_loss_and_stay_in_the_denominator() -> None:
+    lp = torch.tensor([-1.0, -1.0 + math.log(3.0)])  # ratios to the engine 1 and 3
+    plain = {"level": "off", "reject": "token"}
+    assert call(BATCH, lp, importance=plain)[0].item() == pytest.approx(-1 / 8)
+    assert call(BATCH, lp, importance=plain | {"reject": "sequence"})[0].item() == pytest.approx(0.0)
+    # The geometric mean of 1 and 3 is 1.73; the weights of the tokens that stay are cut at 2.
+    both = {"level": "token", "reject": "geometric", "reject_upper": 1.8}
+    assert call(BATCH, lp, importance=both)[0].item() == pytest.approx(-(1 + 2 * 2) / 8)
+    assert call(BATCH, lp, importance=both | {"reject_upper": 1.7})[0].item() == pytest.approx(0.0)
+
+
 def test_statistics_merge_by_sum_and_those_named_max_by_maximum() -> None:
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     merged = merge({"a": one, "b_max": two}, {"a": two, "b_max": one, "c": one})

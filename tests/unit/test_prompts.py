@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,13 @@ def stream(*prompts: Any, seed: int = 0, tokenizer: Any = None, **settings: Any)
 
 
 def write(path: Path, *rows: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def load(path: Path, **settings: Any) -> RowTable:
-    return load_rows(
-        path.name, DataConfig(train=path.name, **settings), [path.parent / "nowhere", path.parent], "data.train"
-    )
+    return load_rows("train", DataConfig(train=path.name, **settings), [path.parent / "nowhere", path.parent])
 
 
 def test_jsonl_rows_keep_their_columns(tmp_path: Path) -> None:
@@ -100,6 +100,49 @@ def test_verl_rows_offer_the_ground_truth_as_a_column(tmp_path: Path) -> None:
 def test_a_missing_file_is_named_with_the_recipe_key(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.train: there is no file 'gone\.jsonl' .*correct the path"):
         load(tmp_path / "gone.jsonl")
+
+
+def test_a_hub_data_set_has_a_configuration_and_a_split_for_each_use(tmp_path: Path) -> None:
+    # A folder laid out like a data set of the hub, with two configurations, is read in the same way.
+    write(tmp_path / "gsm" / "main" / "train.jsonl", {"question": "a", "answer": "1"})
+    write(tmp_path / "gsm" / "main" / "test.jsonl", {"question": "b", "answer": "2"})
+    write(tmp_path / "gsm" / "other" / "train.jsonl", {"question": "c", "answer": "3"})
+    files = "configs:\n"
+    for config in ("main", "other"):
+        files += f"- config_name: {config}\n  data_files:\n  - {{split: train, path: {config}/train.jsonl}}\n"
+        files += "  - {split: test, path: main/test.jsonl}\n"
+    (tmp_path / "gsm" / "README.md").write_text(f"---\n{files}---\n")
+    data = DataConfig(train="gsm", heldout="gsm", config="main", heldout_split="test", columns={"prompt": "question"})
+    assert load_rows("train", data, [tmp_path]).prompts == ("a",)
+    assert load_rows("heldout", data, [tmp_path]).prompts == ("b",)
+    assert load_rows("train", replace(data, config="other"), [tmp_path]).prompts == ("c",)
+    with pytest.raises(RecipeError, match=r"data\.heldout: .*data\.heldout_split: test, data\.config: null.*'main'"):
+        load_rows("heldout", replace(data, config=None), [tmp_path])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x.jsonl", {"prompt": "a"})
+    assert load_rows("train", DataConfig(train="~/x.jsonl"), [tmp_path / "nowhere"]).prompts == ("a",)
+    with pytest.raises(RecipeError, match=r"there is no file '~/y\.jsonl' \(tried .*/y\.jsonl\)"):
+        load_rows("train", DataConfig(train="~/y.jsonl"), [tmp_path])
+
+
+def test_a_file_that_is_cut_off_or_is_something_else_is_named(tmp_path: Path) -> None:
+    whole = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"] * 100}), whole)
+    content = whole.read_bytes()
+    damaged = content[:20] + b"\xff" * 40 + content[60:]
+    for bad in (b"", b"hello", content[: len(content) // 2], damaged):
+        whole.write_bytes(bad)
+        with pytest.raises(
+            RecipeError, match=r"data\.train: .*x\.parquet (is no Parquet file that )?can(not)? be read: "
+        ) as e:
+            load(whole)
+        assert "\n" not in str(e.value)
+    (tmp_path / "y.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match=r"y\.jsonl is not UTF-8 text \(byte 0\)"):
+        load(tmp_path / "y.jsonl")
 
 
 def test_a_row_without_the_prompt_column_is_named_with_the_columns_found(tmp_path: Path) -> None:

@@ -13,6 +13,10 @@ from grpo_ds.recipe import dump_recipe, read_recipe, recipe_keys, resolve_path
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}, "reward": {"functions": ["f"]}}
 
 
+def importance(**keys: object) -> dict[str, object]:
+    return {"algorithm": {"importance": keys}}
+
+
 def written(tmp_path: Path, tree: object) -> list[str]:
     path = tmp_path / "mine.yaml"
     path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
@@ -71,6 +75,27 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path) -
         (MINIMAL | {"rollout": {"top_p": 0.9}}, ["rollout.top_p and rollout.top_k must be off while"]),
         (MINIMAL | {"train": {"micro_batch_tokens": 100}}, ["train.micro_batch_tokens (100) is below", "(3072)"]),
         ({"model": {"path": "m"}}, ["data.train"]),
+        (
+            yaml.safe_dump(MINIMAL) + "actor: {lr: 1.0}\ntrain: {}\nactor:\n  clip_ratio: 0.1\n",
+            ["`actor` stands twice in one section, in lines 8 and 10"],
+        ),
+        ("model: {path: a, path: b}\n", ["`path` stands twice in one section, in lines 1 and 1"]),
+        (MINIMAL | importance(lower=1.5, upper=1.0), ["importance.lower is 1.5 and", "0 <= lower <= upper"]),
+        (MINIMAL | importance(lower=-1.0), ["algorithm.importance.lower is -1.0"]),
+        (MINIMAL | importance(lower=0.0, upper=0.0), ["algorithm.importance.upper is 0.0", "upper above 0"]),
+        (MINIMAL | importance(reject_lower=3.0), ["importance.reject_lower is 3.0 and", "reject_upper is 2.0"]),
+        (MINIMAL | {"rollout": {"top_k": 5}} | importance(level="off", reject="token"), ["importance.reject: off"]),
+        (MINIMAL | {"sync": {"timeout_s": 0}}, ["sync.timeout_s is 0.0, it must be positive"]),
+        (MINIMAL | {"sync": {"bucket_mb": -1}}, ["sync.bucket_mb must not be negative"]),
+        (MINIMAL | {"engine": {"start_timeout_s": 0}}, ["engine.start_timeout_s is 0.0"]),
+        (MINIMAL | {"engine": {"request_timeout_s": -5}}, ["engine.request_timeout_s is -5.0"]),
+        (MINIMAL | {"engine": {"stall_timeout_s": ".nan"}}, ["engine.stall_timeout_s"]),
+        (MINIMAL | {"train": {"heldout_temperature": 0, "heldout_n": 2}}, ["set train.heldout_n: 1"]),
+        (MINIMAL | {"train": {"heldout_top_p": 0}}, ["train.heldout_top_p must lie in (0, 1]"]),
+        (
+            MINIMAL | {"train": {"prompts_per_round": 9}, "rollout": {"prompts_per_batch": 2}},
+            ["rollout.prompts_per_batch (2) x", "gives 8 groups at most", "train.prompts_per_round (9)"],
+        ),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(
@@ -79,6 +104,20 @@ def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(
     message = refusal(written(tmp_path, tree))
     for word in ["mine.yaml", *words]:
         assert word in message
+
+
+def test_yaml_merge_keys_may_be_overridden(tmp_path: Path) -> None:
+    text = yaml.safe_dump(MINIMAL) + "actor: &base {lr: 1.0}\n"
+    recipe, _ = read_recipe(
+        written(tmp_path, text.replace("&base {lr: 1.0}", "{<<: {lr: 1.0, adam_eps: 0.5}, lr: 2.0}"))
+    )
+    assert (recipe.actor.lr, recipe.actor.adam_eps) == (2.0, 0.5)
+
+
+def test_batches_without_limit_may_be_smaller_than_a_round(tmp_path: Path) -> None:
+    small = {"train": {"prompts_per_round": 9}, "rollout": {"prompts_per_batch": 2}}
+    endless = {"algorithm": {"filter_groups": {"max_num_gen_batches": 0}}}
+    assert read_recipe(written(tmp_path, MINIMAL | small | endless))[0].prompts_per_batch == 2
 
 
 def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:

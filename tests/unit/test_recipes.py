@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from grpo_ds.actor.ds_json import load_ds_json, reference_config, zero_stage
-from grpo_ds.build import build_estimator, build_filter, build_policy_loss
+from grpo_ds.build import build_estimator, build_filter, build_policy_loss, check_heldout_metric
 from grpo_ds.config import Recipe, RecipeError
-from grpo_ds.estimators.group import Grpo
+from grpo_ds.engine.devices import ranks_of
+from grpo_ds.estimators.group import DrGrpo, Grpo
 from grpo_ds.losses.policy import Vanilla
 from grpo_ds.recipe import RECIPES, dump_recipe, read_recipe
 from grpo_ds.rewards.resolve import resolve
@@ -43,6 +46,7 @@ def test_a_recipe_resolves_and_every_part_it_names_is_built(name: str, tmp_path:
     recipe, bases = read_recipe(["--recipe", name])
     assert recipe.run.name == name
     estimator, _ = build_estimator(recipe)
+    check_heldout_metric(recipe)
     assert callable(estimator) and callable(build_policy_loss(recipe)) and callable(build_filter(recipe))
     assert all(callable(resolve(function, bases)) for function in recipe.reward.functions)
     assert zero_stage(load_ds_json(recipe.actor.deepspeed, bases, "actor.deepspeed")) == 3
@@ -57,9 +61,26 @@ def test_a_recipe_resolves_and_every_part_it_names_is_built(name: str, tmp_path:
 def test_a_recipe_is_headed_by_size_hardware_data_and_what_to_expect(name: str) -> None:
     lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
     head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
-    assert all(word in head for word in ("Size: ", "Hardware: ", "Expected: "))
+    assert all(word in head for word in ("Size: ", "Hardware: ", "Data: ", "Expected: "))
     if not read(name).model.path.startswith("demo/"):
-        assert "Expected: not run here" in head and "Data: " in head
+        assert "Expected: not run here" in head
+        return
+    with safe_open(RECIPES / "demo/model/model.safetensors", "pt") as file:
+        count = sum(math.prod(file.get_slice(key).get_shape()) for key in list(file.keys()))
+    assert f"Size: {count / 1e6:.2f}M parameters" in head
+
+
+@pytest.mark.parametrize("name", ["dapo_qwen", "dapo_qwen_1gpu"])
+def test_the_held_out_table_of_dapo_shows_accuracy_and_not_the_weighted_score(name: str) -> None:
+    recipe = read(name)
+    assert recipe.reward.weights == [2.0] and recipe.reward.overlong_penalty_factor == 1.0
+    assert recipe.train.heldout_metric == recipe.reward.functions[0]
+
+
+def test_every_gpu_of_the_gsm8k_recipe_generates() -> None:
+    recipe = read("grpo_gsm8k_qwen")
+    head = (RECIPES / "grpo_gsm8k_qwen.yaml").read_text()
+    assert f"one node of {recipe.engine.replicas * ranks_of(recipe.engine)} GPUs" in head
 
 
 def test_dapo_has_the_published_settings() -> None:
@@ -72,6 +93,8 @@ def test_dapo_has_the_published_settings() -> None:
     assert build_policy_loss(r) == Vanilla(clip_ratio_low=0.2, clip_ratio_high=0.28, dual_clip=10.0)
     assert (a.kl_loss_coef, a.loss_agg_mode, r.rollout.temperature) == (0.0, "token-mean", 1.0)
     assert (f.enable, f.metric_to_filter, f.max_num_gen_batches) == (True, "score", 10)
+    assert (t.heldout_n, t.heldout_temperature, t.heldout_top_p) == (1, 1.0, 0.7)
+    assert t.collective_timeout_s > r.engine.request_timeout_s > 7200
     assert build_estimator(r)[0] == Grpo(norm_by_std=True)
 
 
@@ -85,30 +108,96 @@ def test_the_one_gpu_recipe_keeps_what_makes_it_dapo() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_fragment_that_users_know_is_valid_in_any_recipe_and_each_value_counts(name: str, tmp_path: Path) -> None:
-    file = RECIPES / f"{name}.yaml"
-    tree = merged(yaml.safe_load(file.read_text()), yaml.safe_load(FRAGMENT))
-    tree["actor"] = {k: v for k, v in tree["actor"].items() if k not in ("clip_ratio_low", "clip_ratio_high")}
-    tree["actor"].pop("policy_loss_args", None)
+    tree = merged(yaml.safe_load((RECIPES / f"{name}.yaml").read_text()), yaml.safe_load(FRAGMENT))
     path = tmp_path / "merged.yaml"
     path.write_text(yaml.safe_dump(tree))
     recipe = read(str(path))
     assert build_estimator(recipe)[0] == Grpo(norm_by_std=True)
-    assert build_policy_loss(recipe) == Vanilla(clip_ratio_low=0.2, clip_ratio_high=0.2)
+    loss, actor = build_policy_loss(recipe), tree["actor"]
+    # What the recipe says beside the fragment overrides clip_ratio, as it does for users of the field.
+    low, high = actor.get("clip_ratio_low", 0.2), actor.get("clip_ratio_high", 0.2)
+    dual = actor.get("policy_loss_args", {}).get("dual_clip")
+    assert loss == Vanilla(clip_ratio_low=low, clip_ratio_high=high, dual_clip=dual)
     assert recipe.actor.loss_agg_mode == "seq-mean-token-sum-norm"
     assert recipe.algorithm.gamma == 1.0
+
+
+def test_the_fragment_alone_sets_both_bounds_and_another_value_of_it_changes_them() -> None:
+    for value in (0.2, 0.1):
+        loss = build_policy_loss(read_recipe(["--recipe", "dr_grpo", f"--actor.clip_ratio={value}"])[0])
+        assert loss == Vanilla(clip_ratio_low=value, clip_ratio_high=value)
 
 
 @pytest.mark.parametrize(
     ("option", "check"),
     [
         ("--algorithm.norm_adv_by_std_in_grpo=false", lambda r: build_estimator(r)[0].norm_by_std is False),
-        ("--actor.clip_ratio=0.1", lambda r: build_policy_loss(r).clip_ratio_high == 0.28),
         ("--actor.clip_ratio_high=0.3", lambda r: build_policy_loss(r).clip_ratio_high == 0.3),
+        ("--actor.clip_ratio_low=0.1", lambda r: build_policy_loss(r).clip_ratio_low == 0.1),
         ("--actor.policy_loss_fn=gspo", lambda r: type(build_policy_loss(r)).__name__ == "Gspo"),
     ],
 )
 def test_each_key_changes_what_is_built(option: str, check: Any) -> None:
     assert check(read_recipe(["--recipe", "quickstart", option])[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        # quickstart sets both bounds, dr_grpo none of them.
+        (
+            ["quickstart", "--actor.clip_ratio=0.1"],
+            r"actor\.clip_ratio is 0\.1, which changes nothing: .*'vanilla'.*both are",
+        ),
+        (
+            ["dr_grpo", "--actor.policy_loss_fn=gpg", "--actor.clip_ratio=0.1"],
+            r"clip_ratio is 0\.1.*'gpg'.*takes no clip",
+        ),
+        (
+            ["quickstart", "--actor.policy_loss_fn=reinforce"],
+            r"clip_ratio_low is 0\.2, but .*'reinforce'.*does not take it",
+        ),
+        (
+            ["quickstart", "--actor.policy_loss_args.clip_ratio_high=0.5"],
+            r"actor\.clip_ratio_high is 0\.28 but actor\.policy_loss_args\.clip_ratio_high is 0\.5: remove one",
+        ),
+        (
+            [
+                "dr_grpo",
+                "--actor.policy_loss_args={clip_ratio_high: 0.5, clip_ratio_low: 0.5}",
+                "--actor.clip_ratio=0.1",
+            ],
+            r"actor\.clip_ratio is 0\.1, which changes nothing",
+        ),
+        (["quickstart", "--algorithm.gamma=0.9"], r"algorithm\.gamma is 0\.9, but estimator 'grpo'.*does not know it"),
+        (
+            ["rloo", "--algorithm.norm_adv_by_std_in_grpo=false"],
+            r"norm_adv_by_std_in_grpo is False, but estimator 'rloo'",
+        ),
+        (
+            ["rloo", "--train.heldout_metric=accuracy"],
+            "train.heldout_metric is 'accuracy': choose one of score, arithmetic",
+        ),
+    ],
+)
+def test_a_value_that_could_not_take_effect_is_refused_with_the_reason(options: list[str], reason: str) -> None:
+    recipe = read_recipe(["--recipe", *options])[0]
+    with pytest.raises(RecipeError, match=reason):
+        build_estimator(recipe)
+        build_policy_loss(recipe)
+        build_filter(recipe)
+        check_heldout_metric(recipe)
+
+
+def test_what_takes_effect_in_part_or_says_what_is_so_anyway_is_allowed() -> None:
+    half = ["--actor.clip_ratio=0.1", "--actor.policy_loss_args.clip_ratio_high=0.5"]
+    assert build_policy_loss(read_recipe(["--recipe", "dr_grpo", *half])[0]) == Vanilla(
+        clip_ratio_low=0.1, clip_ratio_high=0.5
+    )
+    same = ["--recipe", "quickstart", "--actor.policy_loss_args.clip_ratio_high=0.28"]
+    assert build_policy_loss(read_recipe(same)[0]).clip_ratio_high == 0.28
+    plain = ["--algorithm.adv_estimator=dr_grpo", "--algorithm.norm_adv_by_std_in_grpo=false"]
+    assert build_estimator(read_recipe(["--recipe", "quickstart", *plain])[0])[0] == DrGrpo()
 
 
 def test_gamma_reaches_the_estimator_that_knows_it() -> None:

@@ -59,8 +59,25 @@ def nothing(completions):
     return [None if c == "skip" else 1.0 for c in completions]
 
 def slow(completions):
-    time.sleep(2 * (len(completions) - 1))
-    return [1.0] * len(completions)
+    time.sleep(0.7 * len(completions))
+    return [float(len(completions))] * len(completions)
+
+def together(completions):
+    if "bad" in completions:
+        raise ValueError("bad among " + str(len(completions)))
+    return [float(len(completions))] * len(completions)
+
+def quarrel(completions):
+    if len(completions) > 1:
+        raise ValueError("more than one")
+    return [1.0]
+
+class Target:
+    def __init__(self, length: int = 0, scale: float = 1.0) -> None:
+        self.length, self.scale = length, scale
+
+    def __call__(self, completions, **columns):
+        return [self.scale * (len(c) - self.length) for c in completions]
 
 def roles(completions):
     return [1.0 if c == [{"role": "assistant", "content": "hi"}] else 0.0 for c in completions]
@@ -109,6 +126,14 @@ def make_pool(tmp_path: Path) -> Iterator[MakePool]:
 def score(pool: RewardPool, *completions: str, **columns: list[Any]) -> list[dict[str, float | None]]:
     count = len(completions)
     return pool.score(["p"] * count, list(completions), [[1]] * count, columns, list(range(100, 100 + count)))
+
+
+def prompt(index: int) -> Prompt:
+    return Prompt(index=index, row=index, token_ids=(1,), text="p", columns={})
+
+
+def rollout(text: str) -> Rollout:
+    return Rollout(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", spans=(VersionSpan(0, 0, 1),), text=text)
 
 
 def gone(pids: list[int], within_s: float) -> bool:
@@ -190,10 +215,66 @@ def test_none_is_no_error_and_is_counted(make_pool: MakePool) -> None:
     assert pool.take_stats()["nothing"].unscored == 1
 
 
-def test_a_function_slower_than_a_chunk_allows_is_still_scored(make_pool: MakePool) -> None:
+def test_a_function_too_slow_for_the_deadline_of_one_sample_still_gets_whole_groups(make_pool: MakePool) -> None:
     pool = make_pool("slow", timeout_s=DEADLINE_S, workers=2)
-    assert [p["slow"] for p in score(pool, *"abcd")] == [1.0] * 4  # one call of 6 s, then four of 0 s
-    assert pool.take_stats()["slow"].timeouts == 0
+    # 2.8 s together and 0.7 s alone: the call of all four is made again, with four deadlines.
+    assert [p["slow"] for p in score(pool, *"abcd")] == [4.0] * 4
+    begin = time.monotonic()
+    assert [p["slow"] for p in score(pool, *"efgh")] == [4.0] * 4
+    assert time.monotonic() - begin < 2.8 + DEADLINE_S, "the next call has the longer deadline from the start"
+    stats = pool.take_stats()["slow"]
+    assert (stats.timeouts, stats.unscored) == (0, 0)
+    assert stats.p95_call_s == pytest.approx(2.8, abs=1.0)
+
+
+def test_a_call_holds_the_responses_of_one_prompt_and_all_of_them(make_pool: MakePool) -> None:
+    groups = make_pool("together", workers=2).score_groups(
+        [(prompt(k), [rollout("x")] * size) for k, size in enumerate((3, 1, 40))], max_response_tokens=4
+    )
+    assert [[m.score for m in g.members] for g in groups] == [[3.0] * 3, [1.0], [40.0] * 40]
+
+
+def test_the_innocent_of_a_failed_group_are_scored_together(make_pool: MakePool) -> None:
+    pool = make_pool("together", on_error="unscored")
+    assert [p["together"] for p in score(pool, "a", "bad", "b", "c")] == [3.0, None, 3.0, 3.0]
+    stats = pool.take_stats()["together"]
+    assert (stats.errors, stats.unscored) == (1, 1)
+
+
+def test_a_group_that_fails_only_together_is_named_as_such(make_pool: MakePool) -> None:
+    with pytest.raises(
+        RewardError, match=r"quarrel raised ValueError: more than one .* on 2 responses together, on none"
+    ):
+        score(make_pool("quarrel"), "a", "b")
+    pool = make_pool("quarrel", on_error="unscored")
+    assert [p["quarrel"] for p in score(pool, "a", "b")] == [None, None]
+    assert pool.take_stats()["quarrel"].errors == 2
+
+
+def test_the_first_reasons_of_a_run_are_shown_once_each(make_pool: MakePool, caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool("raises", on_error="unscored")
+    for text in ("bad", "bad", "worse"):
+        score(pool, text)
+    shown = [record.getMessage() for record in caplog.records]
+    assert len(shown) == 1
+    assert "reward raises raised KeyError: 'no tag' (" in shown[0] and "prompt row 100, completion 'bad'" in shown[0]
+    state = pool._functions[0]
+    for number in range(9):
+        state.left_out(f"raised number {number}", "row 1")
+    assert len(caplog.records) == 3
+
+
+def test_the_options_of_a_class_come_from_the_recipe_and_are_checked(make_pool: MakePool) -> None:
+    options = {"Target": {"length": 2, "scale": 0.5}}
+    assert score(make_pool("Target", "length", function_args=options), "abcde") == [{"Target": 1.5, "length": 5.0}]
+    with pytest.raises(RecipeError, match="has no option 'lenght', did you mean 'length'"):
+        score(make_pool("Target", function_args={"Target": {"lenght": 2}}), "a")
+    with pytest.raises(RecipeError, match="option 'length' is 'two' .str., it must be int"):
+        score(make_pool("Target", function_args={"Target": {"length": "two"}}), "a")
+    with pytest.raises(RecipeError, match="has no option 'x' .it takes: none"):
+        score(make_pool("length", function_args={"length": {"x": 1}}), "a")
+    with pytest.raises(RecipeError, match="function_args names .Targte., which is no reward function: is it .Target."):
+        make_pool("Target", function_args={"Targte": {}})
 
 
 def test_messages_in_the_prompt_make_messages_of_the_completion(make_pool: MakePool) -> None:
@@ -221,7 +302,7 @@ def test_a_module_that_hangs_while_it_is_imported_is_not_waited_for_without_end(
     make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stuck.py").write_text("import time\ntime.sleep(100)\n")
-    monkeypatch.setattr("grpo_ds.rewards.pool.START_S", 0.5)
+    monkeypatch.setattr("grpo_ds.rewards.scoring.START_S", 0.5)
     with pytest.raises(RewardError, match=r"answered none of 1 calls within 1 s .*on import"):
         score(make_pool("stuck.py:f", timeout_s=0.5), "a")
 
@@ -233,7 +314,7 @@ def test_a_column_with_the_name_of_a_keyword_is_refused(make_pool: MakePool) -> 
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("exits", "raised SystemExit"), ("too_few", "returned 3 values for 4"), ("hangs_always", "missed its deadline")],
+    [("exits", "raised SystemExit"), ("too_few", "returned 1 values for 2"), ("hangs_always", "missed its deadline")],
 )
 def test_the_dry_run_finds_functions_that_cannot_work(
     make_pool: MakePool, tmp_path: Path, function: str, message: str

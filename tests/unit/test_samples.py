@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.estimators import get_estimator
-from grpo_ds.records import group_from_json, group_to_json, read_groups, readable, write_groups
+from grpo_ds.records import chosen, group_from_json, group_to_json, read_groups, readable, write_groups
 from grpo_ds.samples import AdvantageStage, decode, encode, token_rewards
 from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Group, Prompt, Rollout, Sample, Scored, VersionSpan
@@ -126,6 +126,46 @@ def test_remax_gets_the_greedy_reward_of_each_samples_group_and_drops_groups_wit
     assert [s.advantages[-1].item() for s in made] == [0.5, 2.5]
 
 
+def test_members_that_are_left_out_are_counted_by_reason() -> None:
+    nothing = Scored(Rollout((), (), "abort", (), ""), 1.0, 1.0, {"f": 1.0, "g": 1.0})
+    members = (
+        *(nothing, member([1], None), member([1], 2.0, parts={"f": 2.0, "g": None})),
+        *(member([1], 1.0, parts={"f": 1.0, "g": 1.0}), member([1], 3.0, parts={"f": 2.0, "g": 1.0})),
+    )
+    groups = [Group(PROMPT, members), Group(PROMPT, members[:4])]
+    stage = AdvantageStage(get_estimator("gdpo"), functions=("f", "g"), min_group_size=2)
+    assert stage.left_out(groups) == {
+        **{"no_tokens": 2, "unscored": 2, "unscored_part": 2, "no_baseline": 0},
+        "small_group": 1,  # of the second group one is left
+    }
+    assert len(stage.trainable(groups[0])) == 2 and stage.trainable(groups[1]) == []
+    greedy = AdvantageStage(get_estimator("remax"), greedy_baseline=True)
+    assert greedy.left_out([GROUP])["no_baseline"] == 3
+
+
+ONES = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (ONES, "a Tensor"),
+        ((torch.ones(2), ONES), r"advantages of shape \(2,\) and type torch.float32"),
+        ((ONES.long(), ONES), r"advantages of shape \(2, 3\) and type torch.int64"),
+        (
+            (torch.tensor([[1.0, 1.0, 0.0], [1.0, float("nan"), 1.0]]), ONES),
+            "an advantage of sample 1 that is not finite",
+        ),
+        ((ONES, ONES), "advantages other than 0 on 1 tokens outside the mask"),
+        (([[1.0]], ONES), "a tuple"),
+    ],
+)
+def test_an_estimator_that_breaks_its_contract_is_named(result: Any, fault: str) -> None:
+    stage = AdvantageStage(lambda *_: result, label="estimator 'mine' from pack 1.0")
+    with pytest.raises(ValueError, match=f"estimator 'mine' from pack 1.0 returned {fault}: it must return"):
+        stage([GROUP])
+
+
 def test_drafts_are_the_same_sequences_without_advantages() -> None:
     stage = AdvantageStage(get_estimator("dr_grpo"), mask_truncated=True)
     drafts, made = stage.drafts([GROUP]), CENTRED([GROUP])
@@ -164,6 +204,15 @@ def test_a_group_is_equal_after_json_and_a_file(tmp_path: Path) -> None:
     assert read_groups(tmp_path / "groups.jsonl") == [group, GROUP]
     write_groups(tmp_path / "none.jsonl", [])
     assert read_groups(tmp_path / "none.jsonl") == []
+
+
+def test_whole_groups_are_chosen_for_the_record_whatever_was_finished_first() -> None:
+    groups = [replace(GROUP, prompt=replace(PROMPT, index=k)) for k in range(40)]  # of 3 responses each
+    picked = [g.prompt.index for g in chosen(groups, 10, 0, "record", 5)]
+    assert len(picked) == 4 and picked == sorted(picked) and picked != [0, 1, 2, 3]
+    assert [g.prompt.index for g in chosen(groups[::-1], 10, 0, "record", 5)] == picked
+    assert [g.prompt.index for g in chosen(groups, 10, 0, "record", 6)] != picked
+    assert (len(chosen(groups, 1, 0)), chosen(groups, 0, 0), len(chosen(groups, 999, 0))) == (1, [], 40)
 
 
 def test_readable_records_are_flat_one_a_response() -> None:

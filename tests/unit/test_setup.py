@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import configparser
+import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 
@@ -132,6 +135,41 @@ def test_setup_names_the_pythons_it_tried_when_none_is_new_enough(tmp_path: Path
     assert done.returncode == 1
     assert f"no Python 3.11 or newer among: {old}" in done.stderr
     assert not (tmp_path / "env").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_the_tests_ends_both_halves(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    commands = tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "test.sh").write_text((ROOT / "launch/test.sh").read_text())
+    (tmp_path / "launch" / "setup.sh").write_text("exit 0\n")
+    for name in ("ruff", "mypy"):
+        (commands / name).write_text("#!/bin/sh\nexit 0\n")
+    (commands / "python").write_text("#!/bin/sh\necho $$ >half.$$\nexec sleep 100\n")
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    # A shell cannot trap a signal that it is started to ignore, as the background job of another shell is.
+    run = ["bash", "launch/test.sh"]
+    ready = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        run, cwd=tmp_path, preexec_fn=ready, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as test:
+        try:
+            deadline = time.monotonic() + 60
+            while len(list(tmp_path.glob("half.*"))) < 2:
+                assert time.monotonic() < deadline and test.poll() is None
+                time.sleep(0.05)
+            time.sleep(0.3)  # the shell waits for them now
+            test.send_signal(number)
+            assert test.wait(30) == code, test.stderr and test.stderr.read()
+        finally:
+            test.kill()
+            halves = [int(file.suffix[1:]) for file in tmp_path.glob("half.*")]
+            left = [pid for pid in halves if psutil.pid_exists(pid) and psutil.Process(pid).name() == "sleep"]
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def test_a_skipped_test_fails_where_skips_are_refused(tmp_path: Path) -> None:
