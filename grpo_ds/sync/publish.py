@@ -15,7 +15,8 @@ Bytes, 70B bf16 (140 GB), 64 nodes x 8 ranks, buckets of 512 MiB: a rank writes 
 of which 17.2 GB arrive over the network in some 1,040 all-gathers of 64 ranks, each rank sending 256 KiB in each; the
 engine of a node reads 140 GB; nothing passes a single rank. Extra memory: two buckets a node, shared by its ranks. Across
 nodes also, in each rank, what gloo receives and sends at once: 16 MiB, or 1/8 of a tensor larger than 128 MiB. Engines on
-other nodes: see `group`.
+other nodes: see `group`. Gloo, not NCCL, carries the shards between nodes: TCP over the interface of GLOO_SOCKET_IFNAME,
+where 138 GB a node take 110 s at 10 Gb/s and 11 s at 100 Gb/s.
 """
 
 from __future__ import annotations
