@@ -288,6 +288,8 @@ class TrainConfig:
     """Checkpoints kept on disk; older ones are removed."""
     collective_timeout_s: float = 3600.0
     """Deadline of a collective between ranks, in seconds; ranks wait in one while their node's engine generates."""
+    start_timeout_s: float = 300.0
+    """Deadline for all ranks to have read recipe and data and to have met, in seconds."""
 
     def __post_init__(self) -> None:
         _require(self.prompts_per_round >= 1, "train.prompts_per_round must be at least 1")
@@ -298,7 +300,7 @@ class TrainConfig:
             f"train.prompts_per_update must lie between 1 and train.prompts_per_round ({self.prompts_per_round})",
         )
         _require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
-        require_positive("train", self, "heldout_n", "collective_timeout_s")
+        require_positive("train", self, "heldout_n", "collective_timeout_s", "start_timeout_s")
         _require(
             self.heldout_temperature is None or self.heldout_temperature >= 0, "train.heldout_temperature is negative"
         )

@@ -4,9 +4,15 @@ Control data travels as JSON and samples as safetensors bytes over a gloo group 
 a socket, and DeepSpeed's device collectives never interleave with ours. Every collective has the deadline of its group,
 and its failure names the step, the rank, the operation, and the nodes whose ranks are gone (`grpo_ds.peers`).
 
-Bytes at 64 nodes x 8 ranks, 512 prompts x 16 samples, 22k tokens: the filter's all-gather is ~100 B a group (50 KB in
-all); the all-to-all moves each sample once, ~20 B a token (8192 x 22k x 20 B = 3.6 GB over 512 ranks, 7 MB a rank);
-nothing is funnelled through rank 0. Weight shards cross nodes in columns of ranks, see `grpo_ds.sync.publish`.
+Bytes at 64 nodes x 8 ranks, 512 prompts x 16 samples, 22k tokens: the filter's all-gather is ~100 B a group, 0.8 KB from
+each lead, and every rank receives 512 rows of the widest one's size, 0.4 MB. The all-to-all moves each sample once, 25 B
+a token (`grpo_ds.samples`): 8192 x 22k x 25 B = 4.5 GB in all; a rank receives 8.8 MB, and the leads, which alone have
+samples, send 70 MB each. Nothing is funnelled through rank 0. Weight shards cross nodes in columns of ranks, see
+`grpo_ds.sync.publish`.
+
+All of this, shards included, is gloo's: TCP over the interface that this machine's name means, or the one that
+GLOO_SOCKET_IFNAME names, on GPU clusters too. Name the fast one: 138 GB of shards a node and publication (70B) take 110 s
+at 10 Gb/s and 11 s at 100 Gb/s.
 """
 
 from __future__ import annotations
@@ -14,7 +20,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +29,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from grpo_ds.peers import Peer, Watch, describe, listen, node_name, silent
+from grpo_ds import rollcall
+from grpo_ds.peers import Answering, Peer, Watch, describe, node_name, silent
 from grpo_ds.processes import say_last
 
 
@@ -43,17 +50,26 @@ class Ranks:
     `node_leads` are the ranks that drive an engine: local rank 0 of each node.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, start_timeout_s: float | None = None) -> None:
+        """timeout_s: of a collective; start_timeout_s: until all ranks have met (None: the same)."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0"))) or self.world
         self.timeout_s = timeout_s
+        self.start_timeout_s = start_timeout_s or timeout_s
+        self.obstacle = ""
+        """Why this rank cannot go on, for `connect` to tell all of them."""
+        self.advice = (
+            "if it is only slow, raise train.start_timeout_s, else `python -m grpo_ds.doctor`, started in the same way, "
+            "says why"
+        )
+        """What to do when ranks do not meet."""
         self.where = "start-up"
         self._group: Any = None
         self._column: Any = None
         self._peers: list[Peer] = []
-        self._listener: socket.socket | None = None
+        self._answering: Answering | None = None
         self._watch: Watch | None = None
 
     @property
@@ -84,15 +100,12 @@ class Ranks:
         os.environ.setdefault("RANK", str(self.rank))
         os.environ.setdefault("WORLD_SIZE", str(self.world))
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
-        timeout = datetime.timedelta(seconds=self.timeout_s)
+        start = datetime.timedelta(seconds=self.start_timeout_s)
         try:
-            dist.init_process_group(backend, timeout=timeout, rank=self.rank, world_size=self.world)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
-            for local in range(self.local_world if self.nodes > 1 else 0):
-                members = list(range(local, self.world, self.local_world))
-                column = dist.new_group(members, backend="gloo", timeout=timeout)
-                if local == self.local_rank:
-                    self._column = column
+            store = self._store(start)
+            verdict = rollcall.call(store, self._place(), self.world, self.start_timeout_s)
+            if verdict == rollcall.FINE:
+                self._make_groups(backend, store, start)
         except RuntimeError as error:  # of the store, or of the groups' own connections
             port = os.environ.get("MASTER_PORT")
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -102,23 +115,49 @@ class Ranks:
                 ) from None
             reason = str(error).splitlines()[0][:300]
             raise DistError(
-                f"rank {self.rank} on {node_name()} could not join the others at {os.environ['MASTER_ADDR']}:{port}; "
-                f"`python -m grpo_ds.doctor`, started in the same way, says why: {reason}"
+                f"rank {self.rank} on {node_name()} could not join the others at {os.environ['MASTER_ADDR']}:{port} "
+                f"within {self.start_timeout_s:g} s; {self.advice}: {reason}"
             ) from error
+        if verdict != rollcall.FINE:
+            raise DistError(f"{verdict}: {self.advice}" if verdict.startswith(rollcall.MISSING) else verdict)
         self._meet()
 
+    def _place(self) -> rollcall.Place:
+        job = os.environ.get("GRPO_DS_JOB", "")
+        return rollcall.Place(self.rank, self.local_rank, self.local_world, node_name(), job, self.obstacle)
+
+    def _store(self, timeout: datetime.timedelta) -> Any:
+        """As init_process_group makes it, but without its own waiting for all ranks, which names nobody."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun's own process holds the store of its ranks, over their restarts.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(host, port, self.world, self.rank == 0 and not agent, timeout, wait_for_workers=False)
+        return dist.PrefixStore(f"grpo_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def _make_groups(self, backend: str, store: Any, start: datetime.timedelta) -> None:
+        """The groups; they connect within the deadline of the start, and wait for a collective as long as that may take."""
+        dist.init_process_group(backend, store=store, timeout=start, rank=self.rank, world_size=self.world)
+        self._group = dist.new_group(backend="gloo", timeout=start)
+        groups = [dist.group.WORLD, self._group]
+        for local in range(self.local_world if self.nodes > 1 else 0):
+            members = list(range(local, self.world, self.local_world))
+            column = dist.new_group(members, backend="gloo", timeout=start)
+            if local == self.local_rank:
+                self._column = column
+                groups.append(column)
+        for group in groups:
+            _set_pg_timeout(datetime.timedelta(seconds=self.timeout_s), group)
+
     def _meet(self) -> None:
-        """The ranks learn who and where the others are."""
-        self._listener, mine = listen(self.rank, on_first_node=self.node == 0, one_node=self.nodes == 1)
-        rows = self.all_gather([os.environ.get("GRPO_DS_JOB", ""), asdict(mine)], "peers")
-        self._peers = [Peer(**peer) for _, peer in rows]
-        # Two jobs that took the same port at the same moment would train together without a word.
-        jobs = {job for job, _ in rows}
-        if len(jobs) > 1:
+        """The ranks learn where the others can be asked whether they live."""
+        try:
+            self._answering = Answering(self.rank, on_first_node=self.node == 0, one_node=self.nodes == 1)
+        except OSError as error:
             raise DistError(
-                f"ranks of different jobs ({', '.join(sorted(jobs))}) met at MASTER_PORT {os.environ['MASTER_PORT']}: "
-                "give each job a port of its own"
-            )
+                f"rank {self.rank} on {node_name()} finds no address under which the other nodes reach it, on the way to "
+                f"MASTER_ADDR {os.environ['MASTER_ADDR']}: {error}"
+            ) from error
+        self._peers = [Peer(**peer) for peer in self.all_gather(asdict(self._answering.peer), "peers")]
         if self.leads_node and self.nodes > 1:
             following = self._peers[(self.node + 1) % self.nodes * self.local_world]
             try:
@@ -129,10 +168,10 @@ class Ranks:
                     f"{following.host}:{following.port}: {error}"
                 ) from error
 
-    def _on_silence(self, silence_s: float) -> NoReturn:
+    def _on_silence(self, happened: str) -> NoReturn:
         """Ends this process: its main thread may wait in a collective (of NCCL too) for ever, and cannot be woken."""
         lost = self.lost_peers() or "; but all ranks answer again"
-        say_last(f"PeerError: rank {self.rank}: a node said nothing for {silence_s:g} s, at {self.where}{lost}")
+        say_last(f"PeerError: rank {self.rank}: {happened}, at {self.where}{lost}")
         os._exit(1)
 
     @contextmanager
@@ -179,6 +218,24 @@ class Ranks:
             dist.all_reduce(values, group=self._group if device is None else None)
             values[0].item()  # waits for the device
         return time.monotonic() - started
+
+    def seconds_from_node_before(self, nbytes: int) -> float:
+        """In which so many bytes came here from the node before, all nodes sending at once; 0 where there is none.
+
+        The leads' business; the other ranks call it too.
+        """
+        self.barrier("way between nodes")
+        if self.nodes == 1 or not self.leads_node:
+            return 0.0
+        before, after = ((self.node + k) % self.nodes * self.local_world for k in (-1, 1))
+        started = time.monotonic()
+        with self._speaking("send (way between nodes)"):
+            sent = dist.isend(torch.zeros(nbytes, dtype=torch.uint8), after, group=self._group)
+            dist.recv(torch.empty(nbytes, dtype=torch.uint8), before, group=self._group)
+            seconds = time.monotonic() - started
+            if sent is not None:
+                sent.wait()
+        return seconds
 
     def all_gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's JSON-able value, in rank order, on every rank."""
@@ -234,11 +291,17 @@ class Ranks:
         with self._speaking(f"all-gather ({what})"):
             self._column.allgather_coalesced([list(row) for row in places], list(mine)).wait()
 
-    def close(self) -> None:
-        """Leaves the groups."""
+    def part(self) -> None:
+        """After the last collective: from here on the ranks may end one after the other, and nobody misses them."""
         if self._watch is not None:
             self._watch.close()
-        if self._listener is not None:
-            self._listener.close()
+            self._watch = None
+        if self._answering is not None:
+            self._answering.close()
+            self._answering = None
+
+    def close(self) -> None:
+        """Parts from the others and leaves the groups."""
+        self.part()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -16,8 +16,10 @@ MIN_SHM_GIB = 1.0
 """NCCL's and vLLM's processes of a node talk through /dev/shm; containers often get 64 MiB."""
 MIN_MEMORY_GIB = 2.0
 """A rank's own libraries need about 1 GiB before it holds any weights."""
-MIN_GB_S = 0.05
+MIN_GB_S = 0.0625
 """Half of what 1 Gbit Ethernet carries; below, a network that was never meant for this is in use."""
+MIN_SHARE = 0.05
+"""Of the fastest network card's speed. Virtual cards say 10 Gbit whatever carries them, so this is no more than a hint."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Facts:
     local_world: int = 1
     gb_s: dict[str, float] = field(default_factory=dict)
     """Bandwidth of an all-reduce by size and group: bytes a rank sends, 2 (n - 1) / n of the tensor, a second."""
+    from_before_gb_s: float = 0.0
+    """Bandwidth from the node before to this one, on the rank that leads it; 0: not measured."""
+    fastest_gbit: dict[str, float] = field(default_factory=dict)
+    """Speed of this machine's fastest network card, for `gloo` and for the `device`; absent: not known."""
     engine: str = ""
     """Why this node's engine did not start; empty: it did, or was not tried."""
 
@@ -72,9 +78,9 @@ def check_place(environ: dict[str, str]) -> Finding:
 
 def check_interface(environ: dict[str, str], own_address: str, interfaces: Sequence[str]) -> Finding:
     """The address that gloo will tell the other nodes is one that they can reach."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for name, there in (("GLOO_SOCKET_IFNAME", _gloo_finds), ("NCCL_SOCKET_IFNAME", _nccl_finds)):
         value = environ.get(name, "")
-        if value and value[0] not in "^=" and not any(i.startswith(v) for v in value.split(",") for i in interfaces):
+        if value and not there(value, interfaces):
             return Finding(
                 "interface", value, f"{name} names an interface that is not here: choose of {', '.join(interfaces)}"
             )
@@ -88,6 +94,38 @@ def check_interface(environ: dict[str, str], own_address: str, interfaces: Seque
             f"(and NCCL_SOCKET_IFNAME) to one of {', '.join(i for i in interfaces if i != 'lo')}",
         )
     return Finding("interface", own_address)
+
+
+def _gloo_finds(value: str, interfaces: Sequence[str]) -> bool:
+    """Whole names, all of which gloo uses."""
+    return all(name in interfaces for name in value.split(","))
+
+
+def _nccl_finds(value: str, interfaces: Sequence[str]) -> bool:
+    """Beginnings of names, of which one is enough; whole names after `=`; after `^` those not to use."""
+    if value.startswith("^"):
+        return True
+    names = value.removeprefix("=").split(",")
+    return any(i == name if value.startswith("=") else i.startswith(name) for name in names for i in interfaces)
+
+
+def check_cpus(usable: int, cpus: int, local_world: int) -> Finding:
+    """The rank, and so the engine and the reward processes that inherit its mask, may use the node's CPUs."""
+    found = f"{usable} of {cpus}"
+    fix = (
+        f"this rank may use {usable} of {cpus} CPUs, and its engine and reward processes no others: start it with "
+        "srun --cpu-bind=none, and give the job the whole node (sbatch --exclusive)"
+    )
+    return Finding("cpus", found, fix if usable < min(max(2, local_world), cpus) else "")
+
+
+def check_devices(kind: str, count: int, local_rank: int) -> Finding:
+    """There is a device for this rank."""
+    fix = (
+        f"this rank has the number {local_rank} on its node and sees {count} of its devices ({kind}): let every rank see "
+        "all of them (no --gpus-per-task, no CUDA_VISIBLE_DEVICES of its own), and start no more ranks than devices"
+    )
+    return Finding("devices", kind if kind == "cpu" else f"{count} ({kind})", fix if local_rank >= count else "")
 
 
 def check_port(host: str, port: int, is_main: bool, timeout_s: float) -> Finding:
@@ -173,11 +211,26 @@ def check_memory(ranks: Sequence[Facts]) -> Finding:
 
 def check_bandwidth(ranks: Sequence[Facts], what: str) -> Finding:
     """An all-reduce runs at the speed of a network meant for it; only large ones are judged, small ones are latency."""
-    least = min(ranks, key=lambda facts: facts.gb_s[what])
-    rate = least.gb_s[what]
-    fix = f"{rate:.3f} GB/s is slower than 1 Gbit Ethernet: name the fast interface in GLOO_SOCKET_IFNAME and "
-    slow = "256" in what and rate < MIN_GB_S
-    return Finding(f"all-reduce {what}", f"{rate:.2f} GB/s", fix + "NCCL_SOCKET_IFNAME" if slow else "")
+    rate = min(facts.gb_s[what] for facts in ranks)
+    cards = [facts.fastest_gbit[kind] for facts in ranks for kind in facts.fastest_gbit if kind in what]
+    # A ring is as fast as its slowest node; on one node no network card is on the way.
+    limit = max(MIN_GB_S, MIN_SHARE * min(cards) / 8) if cards and len({f.node for f in ranks}) > 1 else MIN_GB_S
+    problem = ""
+    if "256" in what and rate < limit:
+        made_for = f", with network cards of {min(cards):g} Gbit/s" if cards else ""
+        problem = (
+            f"{rate:.3f} GB/s{made_for}{_slowest_way(ranks)}: name the fast interface in GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME"
+        )
+    return Finding(f"all-reduce {what}", f"{rate:.2f} GB/s", problem)
+
+
+def _slowest_way(ranks: Sequence[Facts]) -> str:
+    leads = [facts for facts in ranks if facts.from_before_gb_s]
+    if not leads:
+        return ""
+    slow = min(range(len(leads)), key=lambda k: leads[k].from_before_gb_s)
+    return f", slowest from {leads[slow - 1].node} to {leads[slow].node} ({leads[slow].from_before_gb_s:.3f} GB/s)"
 
 
 def check_engine(ranks: Sequence[Facts]) -> Finding:

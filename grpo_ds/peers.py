@@ -1,11 +1,13 @@
 """Which ranks still live: asked after a collective failed, so that the error can name the lost node, or a node fell silent.
 
-Every rank listens on a port of its own and never answers: that the kernel accepts a connection proves that the process
-lives, whatever it computes. Nothing is read from the socket.
+Every rank listens on a port of its own: that the kernel accepts a connection proves that the process lives, whatever it
+computes. A thread takes the connections out of the kernel's queue, which may hold 128 only, and keeps each one until the
+other side closes it. Nothing is read from them.
 
 Of a node without power or network nothing is heard, not even that its connections are reset, and a collective would wait
 for it until its own deadline. So the first rank of each node keeps a connection to that of the next one, over which
-the kernels exchange probes; no rank has to be idle for them.
+the kernels exchange probes; no rank has to be idle for them. A collective of NCCL does not notice the end of a process
+either, so a connection that ends without a goodbye counts as well, a while after gloo's collectives had their chance.
 
 Bytes at 64 nodes x 8 ranks: ~100 B a rank at the start, and a probe of 66 B and its answer every 15 s for each node; when
 something fails each of 511 ranks opens 511 connections, all at once. The first rank to notice a failure names the right
@@ -14,9 +16,12 @@ ones; one that notices later may also name ranks that have ended because of it.
 
 from __future__ import annotations
 
+import errno
 import os
+import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,6 +35,11 @@ SILENCE_S = 60.0
 """A node that answers no probe for so long is lost."""
 _PROBES = 4
 """So many of them, at equal distances."""
+GRACE_S = 30.0
+"""From the end of a connection to the end of its watcher: the peer's own cause, or a collective's, comes first."""
+_GOODBYE = b"."
+_QUEUE = 1024
+"""Connections that the kernel may hold for the thread that takes them; many kernels allow 128 only."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +58,85 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def listen(rank: int, *, on_first_node: bool, one_node: bool) -> tuple[socket.socket, Peer]:
-    """The socket to keep for as long as this rank lives, and what to tell the others about it."""
+class Answering:
+    """This rank's port, answered from a thread of its own for as long as the rank lives. Raises OSError at the start."""
+
+    def __init__(self, rank: int, *, on_first_node: bool, one_node: bool) -> None:
+        self._listener, host = _listen(on_first_node=on_first_node, one_node=one_node)
+        self.peer = Peer(rank, node_name(), host, self._listener.getsockname()[1])
+        """What to tell the others."""
+        self._end, self._told = socket.socketpair()
+        self._thread = threading.Thread(target=self._answer, name="answers-peers", daemon=True)
+        self._thread.start()
+
+    def _answer(self) -> None:
+        with selectors.DefaultSelector() as waiting, self._listener, self._told:
+            waiting.register(self._listener, selectors.EVENT_READ)
+            waiting.register(self._told, selectors.EVENT_READ)
+            while True:
+                for key, _ in waiting.select():
+                    if key.fileobj is self._told:
+                        self._part(waiting)
+                        return
+                    if key.fileobj is self._listener:
+                        try:
+                            asker, _ = self._listener.accept()
+                        except OSError:  # this process has all its files open; the queue holds who asks now
+                            time.sleep(0.1)
+                            continue
+                        waiting.register(asker, selectors.EVENT_READ)
+                    else:  # the other side has closed it, or its node is gone
+                        waiting.unregister(key.fileobj)
+                        key.fileobj.close()  # type: ignore[union-attr]
+
+    def _part(self, waiting: selectors.BaseSelector) -> None:
+        for key in list(waiting.get_map().values()):
+            if isinstance(key.fileobj, socket.socket) and key.fileobj not in (self._listener, self._told):
+                with key.fileobj as asker, suppress(OSError):  # it may have gone before
+                    asker.send(_GOODBYE)
+
+    def close(self) -> None:
+        """Says goodbye to those who watch this rank, and answers nobody any more."""
+        self._end.close()
+        self._thread.join(timeout=10)
+
+
+def _listen(*, on_first_node: bool, one_node: bool) -> tuple[socket.socket, str]:
+    """(listening socket, address under which the others reach it)"""
     master = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
-    host = master if on_first_node else address_towards(master)
+    if on_first_node:
+        try:
+            return _bound(master, on_first_node and not one_node), master
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            # A service's address, or one that is translated on the way: this node is reached as the others are.
+    host = address_towards(master)
+    return _bound(host, False), host
+
+
+def _bound(host: str, maybe_everywhere: bool) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     # The first node's name, which the others know it by, may mean a loopback address on that node itself.
-    everywhere = on_first_node and not one_node and ip_address(address[0]).is_loopback
+    everywhere = maybe_everywhere and ip_address(address[0]).is_loopback
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.bind(("" if everywhere else address[0], 0))
-    listener.listen(socket.SOMAXCONN)
-    return listener, Peer(rank, node_name(), host, listener.getsockname()[1])
+    _probe(listener)  # the connections inherit it
+    try:
+        listener.bind(("" if everywhere else address[0], 0))
+        listener.listen(_QUEUE)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _probe(connection: socket.socket) -> None:
+    """Has the kernel end it once the other side has answered no probe for SILENCE_S."""
+    every = max(1, round(SILENCE_S / _PROBES))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, every)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES - 1)
 
 
 def address_towards(host: str) -> str:
@@ -87,33 +165,37 @@ def silent(peers: Sequence[Peer]) -> list[Peer]:
 
 
 class Watch:
-    """Calls `on_silence` with SILENCE_S, from a thread of its own, once `peer` has answered no probe for so long.
+    """Calls `on_silence` with what happened, from a thread of its own, once `peer` is gone without a goodbye.
 
-    Its end is not silence: its kernel says so, also to those who wait for it in a collective. Raises OSError when the
+    That is SILENCE_S after the last sign of its node, or GRACE_S after the end of its process. Raises OSError when the
     peer cannot be reached now.
     """
 
-    def __init__(self, peer: Peer, on_silence: Callable[[float], None]) -> None:
+    def __init__(self, peer: Peer, on_silence: Callable[[str], None]) -> None:
         self._connection = socket.create_connection((peer.host, peer.port), timeout=PATIENCE_S)
         self._connection.settimeout(None)
-        every = max(1, round(SILENCE_S / _PROBES))
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, every)
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES - 1)
+        _probe(self._connection)
+        self._peer = peer
         self._on_silence = on_silence
+        self._closed = threading.Event()
         threading.Thread(target=self._wait, name="node-watch", daemon=True).start()
 
     def _wait(self) -> None:
         try:
-            self._connection.recv(1)
-        except ConnectionError:
-            return
+            if self._connection.recv(1) == _GOODBYE:
+                return
+        except ConnectionError:  # reset: the process has ended
+            pass
         except OSError:  # timed out, or no way to it any more
-            self._on_silence(SILENCE_S)
+            if not self._closed.is_set():
+                self._on_silence(f"a node said nothing for {SILENCE_S:g} s")
+            return
+        if not self._closed.wait(GRACE_S):
+            self._on_silence(f"{describe([self._peer])} ended {GRACE_S:g} s ago without a word")
 
     def close(self) -> None:
         """Ends the watch."""
+        self._closed.set()
         with suppress(OSError):  # the peer may have ended it before
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

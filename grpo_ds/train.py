@@ -99,7 +99,7 @@ class Run:
         from grpo_ds.dist import Ranks
 
         self.recipe, self.bases = recipe, bases
-        self.ranks = Ranks(recipe.train.collective_timeout_s)
+        self.ranks = Ranks(recipe.train.collective_timeout_s, recipe.train.start_timeout_s)
         self.prompts: Any = None
         self.heldout: Any = None
         self.engine: Any = None
@@ -325,6 +325,7 @@ class Run:
             **whole,
         }
         self.log.finish(summary, {**written, "summary": self.folder / "summary.json"})
+        self.ranks.part()
 
     def _evaluate(self, name: str, when: str) -> None:
         from grpo_ds.evaluate import evaluate
@@ -347,6 +348,7 @@ class Run:
         if asked or (train.checkpoint_every and done % train.checkpoint_every == 0 and done < train.rounds):
             path = self._save(done, version)
             if asked:
+                self.ranks.part()
                 raise StopRequested(f"on request, after round {done}; --resume auto goes on from {path}")
 
     def _stop_agreed(self) -> bool:

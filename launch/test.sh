@@ -68,6 +68,8 @@ for suite in "${suites[@]}"; do
             need openssh-client ssh ssh-keygen
             need dropbear-bin dropbear dropbearkey
             need pdsh pdsh
+            unshare --net true 2>/dev/null ||
+                die "--slurm makes network namespaces: run it as root (in a container with the capability SYS_ADMIN)"
             ;;
         sglang) bash launch/setup.sh --engine sglang ;;
     esac

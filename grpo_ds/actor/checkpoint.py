@@ -5,8 +5,8 @@ flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups).
 renamed, so a folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are functions of
 train.seed and the round, and torch is seeded from them at each round.
 
-Bytes at 70B: 16 B a parameter (bf16 weights, fp32 master and moments), written by all ranks in parallel: 2.2 GB a rank
-on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of
+Bytes at 70B: 14 B a parameter (bf16 weights, fp32 master and two moments), written by all ranks in parallel: 1.9 GB a
+rank on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of
 ranks is first converted to DeepSpeed's universal format, by one process of the first node that reads all of it and
 writes fp32 tensors of 12 B a parameter beside it.
 """

@@ -1,9 +1,11 @@
 """Step time and idle share for 1 to 64 nodes, simulated: python tests/benchmarks/simulator.py [--run FOLDER] [--compare]
 
     (no option)    a table for the constants of `Constants` and the options that replace them
-    --run FOLDER   takes response lengths and step times from a run's metrics.jsonl and rollouts/
-    --compare      runs the real trainer on this machine as one node with two loads, takes the constants from these, and
-                   compares predictions with further runs as one node and as two virtual nodes with another load
+    --run FOLDER   takes response lengths, step times, the model's size and the speed of its copies from a run on one
+                   node that wrote all its responses (run.rollouts_per_round); --network-gb-s stays as given
+    --compare      runs the real trainer on this machine as one node with two loads and takes the constants from these,
+                   the network's from a run as two virtual nodes, and compares predictions with further runs as one
+                   node and as two with another load
 
 A round is generation, training and weight publication. What is simulated event by event is generation: an engine has
 so many slots, a decode step gets slower with every running sequence, and a sequence leaves when it has its length; the
@@ -11,10 +13,11 @@ longest one keeps the whole cluster waiting. Training is balanced by tokens, so 
 
     colocated   each node generates its share, then all train; the engines' GPUs are the trainer's
     dedicated   some nodes only generate, the others only train, in turn
-    ahead       as dedicated, but the engines generate the next round meanwhile (this trainer does not do that yet)
+    ahead       as dedicated, but the engines generate the next round meanwhile (sync.mode keep or abort)
 
 Bytes of a publication of a model of M bytes between N training nodes: colocated, every node fetches M (N - 1) / N and
-copies M into its memory; dedicated, a training node's lead besides sends M once to its engines, which pass it on.
+copies M into its memory; dedicated, a training node's lead besides sends M to each of its k engine nodes, k M in all.
+A training node needs an engine node at least, so no more than half of the nodes train.
 Not modelled: collectives inside training that get slower with more nodes, failures, filtered groups that are redone.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import os
 import random
 import statistics
@@ -100,9 +104,9 @@ def node_seconds(lengths: Sequence[int], nodes: int, c: Constants) -> list[float
     return [max(engine_seconds(share[e :: c.engines], c) for e in range(c.engines)) for share in shares]
 
 
-def sync_seconds(training_nodes: int, c: Constants, *, dedicated: bool) -> float:
-    """Duration of a publication."""
-    over_network = c.model_gb * ((training_nodes - 1) / training_nodes + dedicated)
+def sync_seconds(training_nodes: int, c: Constants, *, servers: int) -> float:
+    """Duration of a publication; servers: engine nodes that one training node sends to (0: colocated)."""
+    over_network = c.model_gb * ((training_nodes - 1) / training_nodes + servers)
     return c.sync_fixed_s + over_network / c.network_gb_s + c.model_gb / c.memory_gb_s
 
 
@@ -114,7 +118,7 @@ def colocated(lengths: Sequence[int], nodes: int, c: Constants, tokens: int | No
     """tokens: what is trained on where that is not the sum of lengths."""
     generating = node_seconds(lengths, nodes, c)
     tokens = sum(lengths) if tokens is None else tokens
-    together = train_seconds(tokens, nodes, c) + sync_seconds(nodes, c, dedicated=False)
+    together = train_seconds(tokens, nodes, c) + sync_seconds(nodes, c, servers=0)
     seconds = max(generating) + together
     return Round(seconds, 1 - (sum(generating) + nodes * together) / (nodes * seconds))
 
@@ -123,14 +127,14 @@ def dedicated(lengths: Sequence[int], nodes: int, engine_nodes: int, c: Constant
     trainers = nodes - engine_nodes
     generating = node_seconds(lengths, engine_nodes, c)
     train = train_seconds(sum(lengths), trainers, c)
-    sync = sync_seconds(trainers, c, dedicated=True)
+    sync = sync_seconds(trainers, c, servers=math.ceil(engine_nodes / trainers))
     seconds = (max(max(generating), train) if ahead else max(generating) + train) + sync
     return Round(seconds, 1 - (sum(generating) + trainers * train + nodes * sync) / (nodes * seconds))
 
 
 def best_dedicated(lengths: Sequence[int], nodes: int, c: Constants, *, ahead: bool) -> tuple[int, Round]:
-    """The number of engine nodes with the shortest round, of eighths of the nodes."""
-    choices = sorted({max(1, nodes * k // 8) for k in range(1, 8)} & set(range(1, nodes)))
+    """The number of engine nodes with the shortest round, of eighths of the nodes; every trainer has one at least."""
+    choices = sorted({nodes * k // 8 for k in range(1, 8)} & set(range((nodes + 1) // 2, nodes)) or {nodes - 1})
     rounds = [(e, dedicated(lengths, nodes, e, c, ahead=ahead)) for e in choices]
     return min(rounds, key=lambda found: found[1].seconds)
 
@@ -172,11 +176,22 @@ def read_rounds(run: Path) -> list[dict[str, Any]]:
 
 
 def read_lengths(run: Path, *, by_group: bool) -> dict[int, list[int]]:
-    """Response lengths of each round, in tokens; by_group: the longest of each group, where groups run in lockstep."""
+    """Response lengths of each round, in tokens; by_group: the longest of each group, where groups run in lockstep.
+
+    Ends the program where a round's files hold fewer tokens than it generated.
+    """
     groups: dict[int, dict[int, list[int]]] = {}
     for file in sorted((run / "rollouts").glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             groups.setdefault(row["round"], {}).setdefault(row["prompt_index"], []).append(row["tokens"])
+    for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        written = sum(n for members in groups.get(row["round"], {}).values() for n in members)
+        generated = row["tokens_generated"] - row["baseline_tokens"]
+        if written != generated:
+            raise SystemExit(
+                f"{run}: round {row['round']} generated {generated:g} tokens and rollouts/ has {written}: start a run with "
+                "a run.rollouts_per_round no smaller than the responses of a node's round"
+            )
     return {
         number: [n for members in of_round.values() for n in ([max(members)] if by_group else members)]
         for number, of_round in sorted(groups.items())
@@ -192,7 +207,10 @@ def line_fit(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
 
 
 def fit(runs: Sequence[Path], c: Constants, *, by_group: bool) -> Constants:
-    """Constants of one-node runs with this engine's slots; a decode step counts the same for any number of sequences."""
+    """Constants of one-node runs with this engine's slots; a decode step counts the same for any number of sequences.
+
+    What the network carries is not seen there: network_gb_s stays.
+    """
     rows = [row for run in runs for row in read_rounds(run)]
     training = [row["seconds/total"] - row["seconds/generation"] - row["seconds/sync"] for row in rows]
     fixed, per_token = line_fit([float(row["tokens_trained"]) for row in rows], training)
@@ -207,9 +225,26 @@ def fit(runs: Sequence[Path], c: Constants, *, by_group: bool) -> Constants:
         step_sequence_s=0.0,
         train_fixed_s=fixed,
         train_token_s=per_token,
-        sync_fixed_s=statistics.median(row["seconds/sync"] for row in rows),
-        model_gb=0.0,
+        sync_fixed_s=statistics.median(row["seconds/sync"] - copying(row) for row in rows),
+        model_gb=model_gb(runs[0]),
+        memory_gb_s=model_gb(runs[0]) / statistics.median(map(copying, rows)),
     )
+
+
+def copying(row: dict[str, Any]) -> float:
+    """Seconds of a round's publication in which weights were on their way."""
+    return float(row["seconds/sync_write"] + row["seconds/sync_wait"])
+
+
+def model_gb(run: Path) -> float:
+    """Of the weights that the run published, which it also exported."""
+    return sum(file.stat().st_size for file in (run / "hf").glob("*.safetensors")) / 1e9
+
+
+def network_gb_s(run: Path, c: Constants) -> float:
+    """From a run on two nodes, each of which fetches half of the model, beside what copying takes on one."""
+    seconds = statistics.median(map(copying, read_rounds(run))) - c.model_gb / c.memory_gb_s
+    return c.model_gb / 2 / max(seconds, 1e-6)
 
 
 def all_lengths(run: Path, *, by_group: bool) -> list[int]:
@@ -270,7 +305,9 @@ def compare(folder: Path) -> Iterator[str]:
     known = [real_run(recipe, folder / f"load-{prompts}", 1, prompts) for prompts in _LOADS]
     c = fit(known, Constants(slots=1), by_group=True)
     yield f"fitted on one node, {_LOADS} prompts a round: decode step {c.step_s * 1e3:.2f} ms, training and rewards"
-    yield f"{c.train_fixed_s * 1e3:.0f} ms + {c.train_token_s * 1e6:.1f} us a token, sync {c.sync_fixed_s * 1e3:.1f} ms"
+    yield f"{c.train_fixed_s * 1e3:.0f} ms + {c.train_token_s * 1e6:.1f} us a token, sync {c.sync_fixed_s * 1e3:.1f} ms and"
+    c = replace(c, network_gb_s=network_gb_s(real_run(recipe, folder / "network", 2, _LOADS[0]), c))
+    yield f"{c.model_gb * 1e3:.1f} MB at {c.memory_gb_s:.2f} GB/s; from two nodes: network {c.network_gb_s:.3f} GB/s"
     longest = [n for run in known for n in all_lengths(run, by_group=True)]
     tokens = round(_OTHER_LOAD * 4 * statistics.mean(n for run in known for n in all_lengths(run, by_group=False)))
     rng = random.Random(0)
@@ -282,8 +319,9 @@ def compare(folder: Path) -> Iterator[str]:
         idle = statistics.mean(r.idle for r in simulated)
         generation, sync = (statistics.mean(row[f"seconds/{name}"] for row in rows) for name in ("generation", "sync"))
         yield (
-            f"{nodes} node(s), {_OTHER_LOAD} prompts: predicted {predicted:.3f} s a round (idle {idle:.1%}), measured "
-            f"{measured:.3f} s, of which generation {generation:.3f}, sync {sync:.3f}: {predicted / measured - 1:+.0%}"
+            f"{nodes} node(s), {_OTHER_LOAD} prompts: predicted {predicted:.3f} s a round (idle {idle:.1%}, sync "
+            f"{sync_seconds(nodes, c, servers=0):.3f}), measured {measured:.3f} s, of which generation {generation:.3f}, "
+            f"sync {sync:.3f}: {predicted / measured - 1:+.0%}"
         )
 
 

@@ -1,7 +1,8 @@
 """`grpo-ds doctor` on two nodes with addresses of their own: sound ones, and with faults that are really there.
 
-Real here: other versions, a clock, a folder that is not shared, a small /dev/shm, a slow wire, an engine that does not
-start, an address that leads nowhere, a port in use, a variable that is missing.
+Real here: other versions, a folder that is not shared, a small /dev/shm, a slow wire, an engine that does not start, an
+address that leads nowhere, a port in use, a variable that is missing. A machine has one clock, so the second node's is
+played: its Python says another time.
 """
 
 from __future__ import annotations
@@ -45,13 +46,10 @@ def test_the_second_nodes_faults_are_all_named(nodes: list[str], recipe: Path, t
     (tmp_path / "runs").mkdir()
     slow = [program("tc", "iproute2"), "qdisc", "add", "dev", WIRE, "root", "tbf"]
     ip("netns", "exec", nodes[1], *slow, "rate", "300mbit", "burst", "256kb", "latency", "50ms")
-    broken = tmp_path / "broken.yaml"
-    broken.write_text(recipe.read_text().replace("{kind: hf}", "{kind: vllm, python: /bin/false}"))
-    for name in ("model", "train.jsonl", "heldout.jsonl"):
-        (tmp_path / name).symlink_to(recipe.parent / name)
 
-    mounts = "mount -t tmpfs none runs && mount -t tmpfs -o size=64m none /dev/shm"
-    doctor = [*DOCTOR, "--recipe", str(broken)]
+    model = recipe.parent / "model"
+    mounts = f"mount -t tmpfs none runs && mount -t tmpfs -o size=64m none /dev/shm && mount -t tmpfs none {model}"
+    doctor = [*DOCTOR, "--recipe", str(recipe)]
     commands = [inside(nodes[0], *doctor), inside(nodes[1], *doctor, setup=mounts)]
     path = environment()["PYTHONPATH"]
     faulty = rank(1, PYTHONPATH=f"{tmp_path / 'shim'}:{path}", SLURMD_NODENAME="second")
@@ -63,12 +61,29 @@ def test_the_second_nodes_faults_are_all_named(nodes: list[str], recipe: Path, t
         "clocks: second is 60.",
         "shared folder: second does not see a file that first wrote there",
         "/dev/shm: second has 0.06 GiB free, 1 are needed",
-        "all-reduce 256 MB gloo: 0.03",
-        "engine: first: EngineError: the vLLM server ended with exit code 1 before it was ready",
+        "all-reduce 256 MB gloo: 0.03[0-9] GB/s, .*slowest from second to first \\(0.03",
+        "engine: second: ",
     ]
     assert len(said) == len(expected), "\n".join(screens)
     for line, fault in zip(said, expected, strict=True):
-        assert line.startswith(f"doctor: {fault}")
+        assert re.match(f"doctor: {fault}", line), line
+
+
+def test_what_stops_one_rank_is_told_by_all(nodes: list[str], tmp_path: Path) -> None:
+    """The other one does not wait for it until a deadline, to say then that nobody came."""
+    faulty = rank(1, GLOO_SOCKET_IFNAME="ib0", SLURMD_NODENAME="second")
+    screens = together([inside(node, *DOCTOR) for node in nodes], tmp_path, [rank(0), faulty])
+    said = "GLOO_SOCKET_IFNAME names an interface that is not here"
+    assert first_problem(screens[0]).startswith(f"doctor: meeting: rank 1 on second: interface: {said}"), screens[0]
+    assert first_problem(screens[1]).startswith(f"doctor: interface: {said}"), screens[1]
+
+
+def test_a_rank_that_does_not_come_is_named(nodes: list[str], tmp_path: Path) -> None:
+    (screen,) = together([inside(nodes[0], *DOCTOR, "--timeout", "2")], tmp_path, [rank(0)])
+    assert first_problem(screen) == (
+        "doctor: meeting: no word within 2 s from rank 1 of 2: look at what their own doctor printed, and if their node "
+        "runs at all"
+    )
 
 
 @pytest.mark.parametrize(

@@ -119,17 +119,19 @@ def meet(
 
 
 def test_a_rank_that_stays_alone_says_who_can_tell_why(nodes: list[str], tmp_path: Path) -> None:
-    (screen,) = meet(nodes[:1], tmp_path, 3.0, [rank(0, SLURMD_NODENAME="host-0")])
+    """The first one knows who is missing; another one finds nobody to ask."""
+    (screen,) = meet(nodes[:1], tmp_path, 3.0, [rank(0, SLURMD_NODENAME="host-0", GRPO_DS_NODES="host-0 host-1")])
+    assert "DistError: no word within 3 s from rank 1 of 2 (host-1): if it is only slow, raise train.start" in screen
+    (screen,) = meet(nodes[1:], tmp_path, 3.0, [rank(1, SLURMD_NODENAME="host-1")])
     assert (
-        f"DistError: rank 0 on host-0 could not join the others at {ADDRESSES[0]}:{PORT}; `python -m grpo_ds.doctor`"
-        in screen
+        f"DistError: rank 1 on host-1 could not join the others at {ADDRESSES[0]}:{PORT} within 3 s; if it is" in screen
     )
 
 
 def test_ranks_of_two_jobs_that_meet_by_mistake_say_so(nodes: list[str], tmp_path: Path) -> None:
     screens = meet(nodes, tmp_path, 60.0, [rank(k, GRPO_DS_JOB=f"job-{k}") for k in range(2)])
     for screen in screens:
-        assert "DistError: ranks of different jobs (job-0, job-1) met at MASTER_PORT" in screen
+        assert "DistError: ranks of different jobs (job-0, job-1) met: give each job a MASTER_PORT" in screen
 
 
 def test_a_node_that_falls_silent_is_named_within_the_deadline(nodes: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from grpo_ds.actor.ds_json import OWNED_BY_RECIPE, actor_config, load_ds_json, reference_config, zero_stage
 from grpo_ds.config import RecipeError
-from grpo_ds.dist import Ranks
+from grpo_ds.dist import DistError, Ranks
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
@@ -42,6 +42,13 @@ def test_one_rank_exchanges_with_itself_and_has_no_peers(monkeypatch: pytest.Mon
     ranks = ranks_with(monkeypatch)
     assert ranks.exchange([b"abc"], "test") == [b"abc"]
     assert ranks.column == [0]
+
+
+def test_a_first_node_without_a_name_that_leads_anywhere_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = ranks_with(monkeypatch, RANK="8", WORLD_SIZE="16", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8")
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(DistError, match=r"rank 8 on .* finds no address .* MASTER_ADDR no-such-host.invalid: "):
+        ranks._meet()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tests.benchmarks.simulator import (
     engine_seconds,
     fit,
     line_fit,
+    network_gb_s,
     read_lengths,
     sync_seconds,
     table,
@@ -52,9 +53,10 @@ def test_an_engine_refills_its_slots_and_waits_for_its_longest_sequence(lengths:
 
 
 def test_a_publication_is_what_arrives_over_the_network_and_one_copy() -> None:
-    assert sync_seconds(1, C, dedicated=False) == pytest.approx(3 + 0 + 8 / 2)
-    assert sync_seconds(4, C, dedicated=False) == pytest.approx(3 + 8 * 3 / 4 / 4 + 8 / 2)
-    assert sync_seconds(4, C, dedicated=True) == pytest.approx(3 + (8 * 3 / 4 + 8) / 4 + 8 / 2)
+    assert sync_seconds(1, C, servers=0) == pytest.approx(3 + 0 + 8 / 2)
+    assert sync_seconds(4, C, servers=0) == pytest.approx(3 + 8 * 3 / 4 / 4 + 8 / 2)
+    assert sync_seconds(4, C, servers=1) == pytest.approx(3 + (8 * 3 / 4 + 8) / 4 + 8 / 2)
+    assert sync_seconds(4, C, servers=3) == pytest.approx(3 + (8 * 3 / 4 + 24) / 4 + 8 / 2), "one broadcast a server"
 
 
 def test_colocated_nodes_wait_for_the_slowest_one() -> None:
@@ -78,11 +80,18 @@ def test_dedicated_nodes_take_turns_or_work_ahead() -> None:
     assert ahead.idle == pytest.approx(10 / (2 * 27)), "the engine node waits for the trainer"
 
 
+def test_a_trainer_sends_the_model_to_each_of_its_engine_nodes() -> None:
+    """One trainer and three engine nodes of [4]: 4 steps of 1.5 s, 10 + 12 s, and 3 + 3 x 8 / 4 + 4 s."""
+    found = dedicated([4, 4, 4], 4, 3, C, ahead=False)
+    assert found.seconds == pytest.approx(6 + 22 + 13)
+
+
 def test_the_best_split_is_the_one_with_the_shortest_round() -> None:
     generation_heavy = replace(C, train_fixed_s=0.0, train_token_s=0.0, model_gb=0.0)
     assert best_dedicated([4] * 64, 8, generation_heavy, ahead=False)[0] == 7
     training_heavy = replace(C, step_s=0.0, step_sequence_s=0.0, model_gb=0.0)
-    assert best_dedicated([4] * 64, 8, training_heavy, ahead=False)[0] == 1
+    assert best_dedicated([4] * 64, 8, training_heavy, ahead=False)[0] == 4, "each trainer has an engine node"
+    assert best_dedicated([4] * 64, 2, training_heavy, ahead=False)[0] == 1
 
 
 def test_several_engines_of_a_node_share_its_sequences() -> None:
@@ -113,18 +122,30 @@ def test_constants_come_from_a_runs_files(tmp_path: Path) -> None:
         (tmp_path / "rollouts" / f"round-{number:06d}-node-0.jsonl").write_text(text)
         tokens = sum(sum(group) for group in groups)
         steps = sum(max(group) for group in groups)
-        seconds = {"generation": 0.5 * steps, "sync": 0.125}
+        seconds = {"generation": 0.5 * steps, "sync": 0.125, "sync_write": 0.0625, "sync_wait": 0.03125}
         total = 0.5 * steps + 2.0 + 0.25 * tokens + 0.125
         rows.append({"round": number, "tokens_trained": tokens, "seconds/total": total})
+        rows[-1] |= {"tokens_generated": tokens + 5, "baseline_tokens": 5}
         rows[-1] |= {f"seconds/{name}": value for name, value in seconds.items()}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(bytes(1500))
 
     assert read_lengths(tmp_path, by_group=True)[3] == [4, 1]
     assert read_lengths(tmp_path, by_group=False)[2] == [1, 2, 1, 1]
     found = fit([tmp_path], replace(C, slots=1), by_group=True)
     assert (found.step_s, found.train_fixed_s, found.train_token_s, found.sync_fixed_s) == pytest.approx(
-        (0.5, 2.0, 0.25, 0.125)
+        (0.5, 2.0, 0.25, 0.03125)
     )
+    assert (found.model_gb, found.memory_gb_s) == pytest.approx((1.5e-6, 1.5e-6 / 0.09375))
+    assert sync_seconds(1, found, servers=0) == pytest.approx(0.125)
+    slower = replace(found, memory_gb_s=2 * found.memory_gb_s)
+    assert network_gb_s(tmp_path, slower) == pytest.approx(0.75e-6 / (0.09375 / 2)), "the other half of the time"
+
+    last = tmp_path / "rollouts" / "round-000003-node-0.jsonl"
+    last.write_text("".join(last.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit, match=r"round 3 generated 7 tokens and rollouts/ has 6: .* run.rollouts_per_round"):
+        read_lengths(tmp_path, by_group=True)
 
 
 def test_a_line_never_predicts_less_than_nothing() -> None:
