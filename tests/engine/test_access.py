@@ -13,7 +13,7 @@ import pytest
 
 from grpo_ds.config import RecipeError
 from grpo_ds.engine.base import KEY_VARIABLE, SamplingSpec
-from tests.engine.bench import Bench, new_engine, requests
+from tests.engine.bench import Bench, new_server, requests
 from tests.engine.conftest import SGLANG
 from tests.engine.test_process import descendants
 
@@ -30,13 +30,13 @@ def served(request: pytest.FixtureRequest) -> tuple[str, Bench]:
 
 
 def key_of(engine: Any) -> str:
-    return str(engine._http._headers["Authorization"].removeprefix("Bearer "))
+    return str(engine._http._client.headers["Authorization"].removeprefix("Bearer "))
 
 
 def test_no_route_answers_without_the_key(served: tuple[str, Bench]) -> None:
     kind, bench = served
     engine: Any = bench.engine
-    url = engine._urls[0]
+    url = engine.url
     described = httpx.get(f"{url}/openapi.json", headers={"Authorization": f"Bearer {key_of(engine)}"}, timeout=60)
     routes = {(path, method) for path, methods in described.json()["paths"].items() for method in methods}
     assert {path for path, _ in routes} >= EXPECTED[kind]
@@ -57,13 +57,13 @@ def test_the_key_is_in_no_command_line_and_no_log(served: tuple[str, Bench]) -> 
             assert key.encode() not in process.read_bytes(), process
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended in the meantime
-    assert key not in engine._servers.process._log.read_text()
+    assert key not in engine._server.process._log.read_text()
 
 
 def test_only_this_machine_can_connect(served: tuple[str, Bench]) -> None:
     """Neither to the web server nor to what the engines open for their own processes."""
     engine: Any = served[1].engine
-    family = descendants(engine._servers.process.pid)
+    family = descendants(engine._server.process.pid)
     open_to = {c.laddr.ip for process in family for c in process.net_connections("inet") if c.status == "LISTEN"}
     assert open_to == {"127.0.0.1"}
 
@@ -77,7 +77,7 @@ def test_a_server_elsewhere_is_joined_with_the_key_it_demands(
     kind, bench = served
     mine: Any = bench.engine
     monkeypatch.setenv(KEY_VARIABLE, key_of(mine))
-    joined = new_engine(kind, "unused", tmp_path, urls=[mine._urls[0].replace("127.0.0.1", "127.1")])
+    joined = new_server(kind, "unused", tmp_path, mine.url.replace("127.0.0.1", "127.1"))
     try:
         joined.start()
         joined.wait_ready(timeout_s=60)
@@ -98,7 +98,7 @@ def test_a_server_elsewhere_that_has_another_key_is_named(
     kind, bench = served
     mine: Any = bench.engine
     monkeypatch.setenv(KEY_VARIABLE, "another-key-of-16-characters")
-    joined = new_engine(kind, "unused", tmp_path, urls=[mine._urls[0].replace("127.0.0.1", "127.1")])
+    joined = new_server(kind, "unused", tmp_path, mine.url.replace("127.0.0.1", "127.1"))
     with pytest.raises(RecipeError, match=r"http://127.1:\d+ refuses the key in GRPO_DS_ENGINE_KEY"):
         joined.wait_ready(timeout_s=60)
     joined.close()
@@ -130,7 +130,7 @@ def test_a_server_elsewhere_that_obeys_strangers_is_refused_at_the_start(
     open_server: str, kind: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "a-key-of-16-or-more-characters")
-    joined = new_engine(kind, "unused", tmp_path, urls=[open_server])
+    joined = new_server(kind, "unused", tmp_path, open_server)
     with pytest.raises(RecipeError, match=rf"obeys strangers \(POST /update_weights.* HTTP 422\): .*-m {module}`"):
         joined.start()
     joined.close()

@@ -55,7 +55,7 @@ def test_null_removes_one_of_our_choices_and_a_table_becomes_json() -> None:
 
 
 def test_options_that_updates_depend_on_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"engine.args.logprobs_mode .* remove it"):
+    with pytest.raises(RecipeError, match=r"engine.args.logprobs-mode .* remove it"):
         arguments({"logprobs-mode": "raw_logprobs"})
 
 

@@ -273,7 +273,6 @@ def test_closing_ends_all_engines_and_whoever_waits_for_them(diary: Diary) -> No
     [
         ({"kind": "hf", "replicas": 2}, "mean nothing to engine.kind hf"),
         ({"kind": "hf", "max_restarts": 1}, "mean nothing to engine.kind hf"),
-        ({"urls": ["http://127.0.0.1:9"], "max_restarts": 1}, "engine.urls names others"),
         ({"replicas": 2, "args": {"port": 8000}}, "one port for engine.replicas 2 servers"),
     ],
 )
