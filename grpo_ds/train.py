@@ -269,7 +269,13 @@ class Run:
             log=self.log,
             layout=layout,
             after_round=self._after_round,
-            colocation=Colocation(recipe.engine, ranks, self.engine, backend.free_device_memory if on_device else None),
+            colocation=Colocation(
+                recipe.engine,
+                ranks,
+                self.engine,
+                backend.free_device_memory if on_device else None,
+                self.publisher.model_bytes,
+            ),
             engine_faults=self.sampler.faults,
         )
 
