@@ -101,14 +101,15 @@ class EnginePool:
                         self._replicas.changed.wait(POLL_S)
             finally:
                 self._queues.remove(queue)
+            self._replicas.raise_fatal()
         return queue.in_order()
 
     def _attend(self, queue: WorkQueue) -> None:
         """What whoever waits for answers does: hands requests out, and sees to it that there is somebody to answer."""
+        self._check_health()
         self._replicas.raise_fatal()
         if self._replicas.closed:
             raise EngineError("the engine was closed while it generated")
-        self._check_health()
         self._hand_out(queue)
         if not queue.on_answer and not self._replicas.serving():
             raise EngineDown("no engine replica is in service; a restart is under way", queue.finished)

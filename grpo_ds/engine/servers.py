@@ -42,6 +42,8 @@ class Server(ABC):
     def __init__(self, kind: ServerKind, http: Http) -> None:
         self._kind = kind
         self._http = http
+        self._silence = ""
+        """Why the last health check had no answer."""
 
     @property
     @abstractmethod
@@ -82,6 +84,7 @@ class Server(ABC):
             if time.monotonic() > deadline:
                 raise self.error(
                     f"{self.url} did not answer its health check within {timeout_s:g} s (engine.start_timeout_s)"
+                    + (f": {self._silence}" if self._silence else "")
                 )
             time.sleep(0.1)
 
@@ -170,7 +173,8 @@ class OwnServer(Server):
         try:
             health, served = self._health(), self._health("/v1/models")
             return {health.status_code, served.status_code} == {200} and served.json()["data"][0]["id"] == self._name
-        except Unreachable:
+        except Unreachable as error:
+            self._silence = str(error)
             return False
         except RUBBISH:
             return False  # no such server, but somebody else on the port
@@ -216,7 +220,8 @@ class JoinedServer(Server):
                     f"engine.urls: {self.url} refuses the key in {KEY_VARIABLE}: start it and this run with the same one"
                 )
             return health.status_code == 200 and self._health(self._kind.core_path).status_code == 200
-        except Unreachable:
+        except Unreachable as error:
+            self._silence = str(error)
             return False
 
     def _require_guarded(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import httpx
 import pytest
 
 from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import KEY_VARIABLE, SamplingSpec
-from tests.engine.bench import Bench, new_server, requests
+from grpo_ds.engine.base import KEY_VARIABLE, EngineDown, SamplingSpec
+from tests.engine.bench import Bench, assert_logprobs_match, new_engine, new_server, requests
 from tests.engine.conftest import SGLANG
+from tests.engine.test_flight import computing
 from tests.engine.test_process import descendants
+from tests.engine.test_update import Sender, publish
 
 SPEC = SamplingSpec(n=1, max_tokens=4, temperature=0.0)
 EXPECTED = {
@@ -90,6 +94,41 @@ def test_a_server_elsewhere_is_joined_with_the_key_it_demands(
     finally:
         joined.close()
     assert mine.alive(), "who joins a server does not end it"
+
+
+def test_a_server_elsewhere_that_is_stopped_is_waited_for_and_gets_the_weights_it_missed(
+    served: tuple[str, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP for the process that computes: the web server alone would still say that it is well."""
+    kind, bench = served
+    mine: Any = bench.engine
+    monkeypatch.setenv(KEY_VARIABLE, key_of(mine))
+    pool: Any = new_engine(kind, "unused", tmp_path, urls=[mine.url], max_restarts=2, stall_timeout_s=5)
+    user, sender, asked = Bench(pool, bench.model), Sender(2**20), requests(64)
+    scheduler = computing(mine)
+    try:
+        pool.start()
+        pool.wait_ready()
+        publish(user, sender, 50)
+        timer = threading.Timer(0.5, scheduler.suspend)
+        timer.start()
+        begun = time.monotonic()
+        with pytest.raises(EngineDown) as down:
+            pool.generate(asked, SamplingSpec(n=4, max_tokens=200))
+        assert time.monotonic() - begun < 30
+        scheduler.resume()
+        publish(user, sender, 51)  # waits until it is back
+        rest = [request for request in asked if request.request_id not in down.value.finished]
+        answers = pool.generate(rest, SamplingSpec(n=4, max_tokens=200))
+        assert {span.version for row in answers for rollout in row for span in rollout.spans} == {51}
+        assert_logprobs_match(user, rest[0], answers[0][0], 1.0)
+        counts = pool.take_counts()
+        assert (counts["quarantined"], counts["restarts"]) == (1, 1) and counts["redone_requests"] > 0
+    finally:
+        scheduler.resume()
+        pool.close()
+        os.close(sender.fd)
+    assert mine.alive()
 
 
 def test_a_server_elsewhere_that_has_another_key_is_named(

@@ -17,9 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import EngineError, SamplingSpec
-from tests.engine.bench import make_model, new_engine, new_server, requests
+from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.engine.base import EngineDown, EngineError, SamplingSpec
+from grpo_ds.engine.pool import EnginePool
+from tests.engine.bench import Bench, assert_logprobs_match, make_model, new_engine, new_server, requests
+from tests.engine.test_update import Sender, publish
 from tests.models import save_model
 
 # A server with a child that ignores SIGTERM and a child in a session of its own.
@@ -146,9 +148,16 @@ def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> It
         engine.close()
 
 
-def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothing(two_engines: list[Any]) -> None:
-    engine = two_engines[0]
-    engine.wait_ready()
+def test_a_server_killed_while_it_generates_costs_its_unanswered_requests_a_second_try(
+    two_engines: list[Any],
+) -> None:
+    """The second server, started beside it, takes its place with the weights of the next publication."""
+    engine, spares = two_engines[0], iter(two_engines)
+    config = EngineConfig(max_restarts=1, start_timeout_s=600)
+    pool: Any = EnginePool(lambda replica: next(spares), config)
+    bench, sender, asked = Bench(pool, make_model(tied=True)), Sender(2**20), requests(64)
+    pool.start()
+    pool.wait_ready()
     guard, scratch = engine._server.process.pid, engine._server.process._scratch
     family = descendants(guard)
     sockets = {connection.laddr for process in family for connection in process.net_connections("unix")} - {""}
@@ -163,19 +172,30 @@ def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothin
 
     timer = threading.Timer(1.0, kill)
     timer.start()
-    with pytest.raises(EngineError, match=r"(?s)p\d+.*vllm_server\.log|server died.*vllm_server\.log"):
-        engine.generate(requests(64), SamplingSpec(n=16, max_tokens=200))
+    with pytest.raises(EngineDown) as down:
+        pool.generate(asked, SamplingSpec(n=16, max_tokens=200))
     assert time.monotonic() - killed_at[0] < 2
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     wait_for("the engine counted as dead", lambda: not engine.alive(), 2)
     assert not scratch.exists(), "what a killed server leaves is removed with its folder"
+    publish(bench, sender, 7)  # waits for the second server
+    os.close(sender.fd)
+    rest = [request for request in asked if request.request_id not in down.value.finished]
+    answers = pool.generate(rest, SamplingSpec(n=2, max_tokens=20))
+    assert {span.version for row in answers for rollout in row for span in rollout.spans} == {7}
+    for request, row in zip(rest, answers, strict=True):
+        assert_logprobs_match(bench, request, row[1], 1.0)
+    assert pool.take_counts() == {"quarantined": 1, "restarts": 1, "redone_requests": len(rest)}
 
 
 def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
     engine = two_engines[1]
     wait_for("vLLM's engine process", lambda: engine_core_runs(engine._server.process.pid), 200)
     family, scratch = descendants(engine._server.process.pid), engine._server.process._scratch
-    os.kill(engine._server.process.pid, signal.SIGKILL)
+    timer = threading.Timer(0.5, os.kill, (engine._server.process.pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(EngineError, match=r"(?s)p\d+.*vllm_server\.log|server died.*vllm_server\.log"):
+        engine.generate(requests(64), SamplingSpec(n=16, max_tokens=200))
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     engine.close()
     assert not scratch.exists()

@@ -42,9 +42,10 @@ class Sleeper:
 def colocation(
     device: list[int], engine: Sleeper, measured: bool = True, weights: int = 3 * GIB, ranks: Any = None, **config: Any
 ) -> Colocation:
+    who: Any = ranks or Ranks()
     made: Any = Colocation(
         EngineConfig(**{"sleep": True} | config),
-        ranks or Ranks(),
+        who,
         engine,  # type: ignore[arg-type]
         (lambda: device[0]) if measured else None,
         weights,

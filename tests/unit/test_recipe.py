@@ -71,6 +71,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path) -
         (MINIMAL | {"rollout": {"top_p": 0.9}}, ["rollout.top_p and rollout.top_k must be off while"]),
         (MINIMAL | {"train": {"micro_batch_tokens": 100}}, ["train.micro_batch_tokens (100) is below", "(3072)"]),
         ({"model": {"path": "m"}}, ["data.train"]),
+        (
+            MINIMAL | {"engine": {"urls": ["http://h:1"], "replicas": 2}},
+            ["engine.replicas counts servers that the run"],
+        ),
+        (MINIMAL | {"engine": {"urls": ["http://h:1"], "sleep": True}}, ["engine.sleep is for servers that share"]),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(
