@@ -1,8 +1,9 @@
 """Random faults in a real run: python tests/benchmarks/faults.py [--rounds 30] [--faults 20] [--seed 0]
 
-One rank, two vLLM servers. At random moments a server is killed (SIGKILL) or stopped (SIGSTOP): its API process or the
-process that runs the model. Prints each fault with its time, then checks that the run finished, that every prompt that
-was drawn is answered once and trained, dropped or left over once, and that every token has its round's policy version.
+One rank, two vLLM servers. At random moments a server is killed (SIGKILL), stopped (SIGSTOP) or gets no memory any more
+(RLIMIT_AS at what it has): its API process or the process that runs the model. Prints each fault with its time, then
+checks that the run finished and met every fault, that every prompt that was drawn is answered once and trained, dropped
+or left over once, and that every token has its round's policy version.
 """
 
 from __future__ import annotations
@@ -32,23 +33,33 @@ QUIET_S = 3 * START_S
 """Seconds without a round and without a fault after which the run counts as stuck."""
 
 
-def families(run: Launched) -> list[list[psutil.Process]]:
-    """The processes of each server that was not broken by an earlier fault, API process first."""
-    guards = [process for process in run.alive() if guard_command(process)]
-    found = [guard.children(recursive=True) for guard in guards]
-    return [family for family in found if family and all(p.status() != psutil.STATUS_STOPPED for p in family)]
+def starve(process: psutil.Process) -> None:
+    """Lets the process have no more memory than it has."""
+    _, hard = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, hard))
 
 
-def break_one(run: Launched, rng: random.Random) -> str:
-    """Breaks one process of one server; says which, or an empty string where none is up."""
-    up = families(run)
+FAULTS = {"kill": psutil.Process.kill, "suspend": psutil.Process.suspend, "starve": starve}
+
+
+def break_one(run: Launched, rng: random.Random, broken: set[psutil.Process]) -> str:
+    """Breaks one process of one server that was not broken before; says which, or an empty string where none is up.
+
+    broken: guards of the servers that were.
+    """
+    guards = [process for process in run.alive() if guard_command(process) and process not in broken]
+    up = [guard for guard in sorted(guards, key=lambda guard: guard.pid) if guard.children()]
     if not up:
         return ""
-    family = rng.choice(up)
-    victim = family[0] if rng.random() < 0.5 else rng.choice(family[1:] or family)
-    how = rng.choice(["kill", "suspend"])
-    said = f"{how} of process {victim.pid} ({' '.join(victim.cmdline())[:60]})"
-    getattr(victim, how)()
+    guard = rng.choice(up)
+    api, *others = guard.children(recursive=True)
+    # Its resource tracker is no part of the server that anybody would miss.
+    core = [process for process in others if "EngineCore" in " ".join([process.name(), *process.cmdline()])]
+    victim = rng.choice([api, *core[:1]])
+    how = rng.choice(sorted(FAULTS))
+    said = f"{how} process {victim.pid} ({' '.join(victim.cmdline())[:60].strip()})"
+    FAULTS[how](victim)
+    broken.add(guard)
     return said
 
 
@@ -56,6 +67,7 @@ def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
     """Breaks servers until `faults` faults were made or the run ended; returns how many were."""
     begin, done = time.monotonic(), 0
     progress, moved = (0, 0), begin
+    broken: set[psutil.Process] = set()
     while run.process.poll() is None and done < faults:
         if progress != (done, run.rounds()):
             progress, moved = (done, run.rounds()), time.monotonic()
@@ -67,7 +79,7 @@ def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
             continue
         time.sleep(rng.uniform(0, 1.5))
         try:
-            said = break_one(run, rng)
+            said = break_one(run, rng, broken)
         except psutil.NoSuchProcess:
             continue  # it ended in the meantime
         if said:
@@ -78,8 +90,8 @@ def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
     return done
 
 
-def judge(folder: Path, rounds: int) -> list[str]:
-    """What is wrong with the finished run; empty when nothing is."""
+def judge(folder: Path, rounds: int, faults: int, met: int) -> list[str]:
+    """What is wrong with the finished run; empty when nothing is. met: failures that the run spoke of."""
     metrics = read_jsonl(folder / "metrics.jsonl")
     rows: list[dict[str, Any]] = []
     for path in sorted((folder / "rollouts").glob("*.jsonl")):
@@ -90,6 +102,8 @@ def judge(folder: Path, rounds: int) -> list[str]:
     fates = len(read_jsonl(end / "carried-0.jsonl"))
     fates += sum(row["kept_groups"] + row["dropped_groups"] for row in metrics)
     wrong = []
+    if met < faults:
+        wrong.append(f"{faults} faults, and the run met only {met}")
     if [row["round"] for row in metrics] != list(range(rounds)):
         wrong.append(f"rounds: {[row['round'] for row in metrics]}")
     if set(seen) != {(prompt, k) for prompt in range(state["cursor"]) for k in range(N)} or set(seen.values()) != {1}:
@@ -120,9 +134,10 @@ def main() -> int:
             made = inject(run, random.Random(args.seed), args.faults, args.rounds)
             wait_for(lambda: f"the run's end:\n{run.screen[-3000:]}", lambda: run.process.poll() is not None, QUIET_S)
             code = run.ends(60)
-            print("\n".join(line for line in run.screen.splitlines() if "engine replica" in line))
+            noticed = [line for line in run.screen.splitlines() if "engine replica" in line]
+            print("\n".join(noticed))
             print(f"{made} faults, exit code {code}, {time.monotonic() - begin:.0f} s")
-            wrong = judge(run.folder, args.rounds) if code == 0 else [run.screen[-3000:]]
+            wrong = judge(run.folder, args.rounds, made, len(noticed)) if code == 0 else [run.screen[-3000:]]
     if made < args.faults:
         wrong.append(f"the run ended after {made} of {args.faults} faults")
     good = "the run finished, nothing was lost, nothing came twice, every token has its version"

@@ -177,7 +177,7 @@ def test_a_server_killed_while_it_generates_costs_its_unanswered_requests_a_seco
     assert time.monotonic() - killed_at[0] < 2
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     wait_for("the engine counted as dead", lambda: not engine.alive(), 2)
-    assert not scratch.exists(), "what a killed server leaves is removed with its folder"
+    wait_for("the end of its folder, with what a killed server leaves", lambda: not scratch.exists(), 20)
     publish(bench, sender, 7)  # waits for the second server
     os.close(sender.fd)
     rest = [request for request in asked if request.request_id not in down.value.finished]
