@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 from grpo_ds.config import EngineConfig, RecipeError
 from grpo_ds.engine.base import EngineDown, EngineError, SamplingSpec
 from grpo_ds.engine.pool import EnginePool
+from grpo_ds.engine.process import ServerProcess
 from tests.engine.bench import Bench, assert_logprobs_match, make_model, new_engine, new_server, requests
 from tests.engine.test_update import Sender, publish
 from tests.models import save_model
@@ -215,6 +217,29 @@ def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> N
         wait_for("the end of the server's processes", lambda: gone(family), 20)
         wait_for("an empty folder for temporary files", lambda: not list(temporary.iterdir()), 5)
     temporary.rmdir()
+
+
+class Immortal:
+    """A guard that SIGKILL does not end."""
+
+    def __init__(self) -> None:
+        self.pid, self.stdin, self.killed = 7, io.BytesIO(), False
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self, timeout: float) -> int:
+        raise subprocess.TimeoutExpired("guard", timeout)
+
+
+def test_a_guard_that_does_not_end_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
+    process: Any = ServerProcess("vLLM", lambda port: [], {}, tmp_path / "log", None, lambda line: False)
+    guard = process._guard = Immortal()
+    with pytest.raises(
+        EngineError, match=r"process 7, the guard of the vLLM server, did not end within 15 s of SIGKILL"
+    ):
+        process.close()
+    assert guard.killed and guard.stdin.closed
 
 
 def test_vllms_own_complaint_about_an_option_reaches_the_user(model_path: str, tmp_path: Path) -> None:
