@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from grpo_ds.config import EngineConfig, RecipeError
@@ -37,7 +38,8 @@ def make_engine(
         return HfEngine(config, settings.model_path, settings.dtype, settings.max_model_len, settings.device)
     if config.replicas > 1 and "port" in config.args:
         raise RecipeError(f"engine.args.port is one port for engine.replicas {config.replicas} servers: remove it")
-    checked_urls(config.urls, shared_key() if config.urls else None)
+    if config.urls:
+        config = replace(config, urls=checked_urls(config.urls, shared_key()))
     from grpo_ds.engine.pool import EnginePool
 
     return EnginePool(lambda k: make_server(config, replica_settings(config, settings, k)), config)

@@ -64,6 +64,14 @@ def test_a_server_is_joined_once() -> None:
         checked_urls(["http://127.0.0.1:1", "http://127.0.0.1:1/"], None)
 
 
+def test_a_slash_at_the_end_belongs_to_no_path(tmp_path: Path) -> None:
+    config = EngineConfig(urls=["http://127.0.0.1:1/", "http://127.0.0.1:2"])
+    pool: Any = make_engine(
+        config, model_path="m", dtype="float32", max_model_len=64, log_dir=tmp_path, device="cpu", seed=0
+    )
+    assert [replica.engine.url for replica in pool._replicas.all] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+
 def test_a_name_that_only_begins_like_loopback_is_another_host() -> None:
     with pytest.raises(RecipeError, match="not on loopback"):
         checked_url("http://127.0.0.1.example.org:1", None)
