@@ -112,6 +112,8 @@ class _Loop:
             return
         try:
             asyncio.run_coroutine_threadsafe(_end(last), loop).result(_CLOSE_S)
+        except TimeoutError:
+            raise TimeoutError(f"requests to an engine did not end within {_CLOSE_S:g} s of being cancelled") from None
         finally:
             loop.call_soon_threadsafe(loop.stop)
         thread.join(_CLOSE_S)

@@ -161,10 +161,12 @@ class ServerEngine(ABC):
         return self._server.alive()
 
     def close(self) -> None:
-        self._http.close()
-        if self._channel:
-            self._channel.close()
-        self._server.close()
+        try:
+            self._http.close()
+            if self._channel:
+                self._channel.close()
+        finally:
+            self._server.close()
 
     # ---- generation ----
 
