@@ -1,9 +1,10 @@
 """Random faults in a real run: python tests/benchmarks/faults.py [--rounds 30] [--faults 20] [--seed 0]
 
-One rank, two vLLM servers. At random moments a server is killed (SIGKILL), stopped (SIGSTOP) or gets no memory any more
-(RLIMIT_AS at what it has): its API process or the process that runs the model. Prints each fault with its time, then
-checks that the run finished and met every fault, that every prompt that was drawn is answered once and trained, dropped
-or left over once, and that every token has its round's policy version.
+One rank, two vLLM servers. At random moments the API process of a server or the process that runs its model is killed
+(SIGKILL) or stopped (SIGSTOP), or the latter gets no memory any more (RLIMIT_AS at what it has). A server that still
+starts is only killed. Prints each fault with its time, then checks that the run finished and met every fault, that every
+prompt that was drawn is answered once and trained, dropped or left over once, and that every token has its round's policy
+version.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from grpo_ds.engine.base import KEY_VARIABLE  # noqa: E402
 from tests.e2e.harness import Launched, read_jsonl, wait_for, write_project  # noqa: E402
 from tests.engine.test_replicas import OPTIONS, guard_command  # noqa: E402
 
 N = int(str(OPTIONS["rollout.n"]))
 START_S = 240
 """engine.start_timeout_s: a server that is stopped while it starts is given up only then."""
+LONGER = {"rollout.max_response_tokens": 96, "rollout.prompts_per_batch": 32, "train.prompts_per_round": 24}
+"""Rounds that last a while, because a server needs much longer to come back than a round of so small a model."""
 QUIET_S = 3 * START_S
 """Seconds without a round and without a fault after which the run counts as stuck."""
 
@@ -51,16 +56,31 @@ def break_one(run: Launched, rng: random.Random, broken: set[psutil.Process]) ->
     up = [guard for guard in sorted(guards, key=lambda guard: guard.pid) if guard.children()]
     if not up:
         return ""
-    guard = rng.choice(up)
+    ready = [guard for guard in up if is_ready(guard.children()[0])]
+    guard = rng.choice(ready if ready and rng.random() < 0.8 else up)
     api, *others = guard.children(recursive=True)
-    # Its resource tracker is no part of the server that anybody would miss.
+    # The third one, its resource tracker, is no part of the server that anybody would miss.
     core = [process for process in others if "EngineCore" in " ".join([process.name(), *process.cmdline()])]
-    victim = rng.choice([api, *core[:1]])
-    how = rng.choice(sorted(FAULTS))
-    said = f"{how} process {victim.pid} ({' '.join(victim.cmdline())[:60].strip()})"
+    how = rng.choice(sorted(FAULTS)) if guard in ready else "kill"
+    # The API process needs no new memory for what it does each round.
+    victim = core[0] if how == "starve" else rng.choice([api, *core[:1]])
+    said = (
+        f"{how} {'API' if victim == api else 'model'} process {victim.pid}{'' if guard in ready else ', which starts'}"
+    )
     FAULTS[how](victim)
     broken.add(guard)
     return said
+
+
+def is_ready(api: psutil.Process) -> bool:
+    """Whether the server answers its health check."""
+    words = api.cmdline()
+    key = {"Authorization": f"Bearer {api.environ()[KEY_VARIABLE]}"}
+    try:
+        url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/health"
+        return httpx.get(url, headers=key, timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
@@ -126,7 +146,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     options = OPTIONS | {"train.rounds": args.rounds, "engine.max_restarts": 3 * args.faults}
-    options["engine.start_timeout_s"] = START_S
+    options |= {"engine.start_timeout_s": START_S, **LONGER}
     with tempfile.TemporaryDirectory() as folder:
         words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
         begin = time.monotonic()
