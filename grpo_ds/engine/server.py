@@ -67,7 +67,7 @@ class ServerEngine(ABC):
             self._server = self._own_server(settings, key, [python, "-m", self.kind.module, *args], env)
         self._gate = asyncio.Semaphore(connections(1))
         self._flights = Flights()
-        self._asking: set[asyncio.Task[Any] | None] = set()
+        self._asking: set[asyncio.Task[Any]] = set()
         self._watch: Future[None] | None = None
         self._carrier: Carrier | None = None
         self._channel: Channel | None = None
@@ -173,12 +173,10 @@ class ServerEngine(ABC):
     def generate(
         self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
     ) -> list[list[RawRollout]]:
-        """As in `GenerationEngine`. Each request has its own deadline (engine.request_timeout_s)."""
+        """As in `GenerationEngine`. Each request has its own deadline (engine.request_timeout_s); when one fails, the
+        others run on, and nobody is told of their answers but on_answer."""
         futures = [self._begin(request, spec, on_answer) for request in requests]
-        done, unfinished = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in unfinished:  # one of the others failed
-            future.cancel()
-        for future in done:
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()  # raises
         return [future.result() for future in futures]
 
@@ -200,6 +198,7 @@ class ServerEngine(ABC):
         self, request: Request, spec: SamplingSpec, flight: int, on_answer: OnAnswer | None
     ) -> list[RawRollout]:
         task = asyncio.current_task()
+        assert task is not None
         self._asking.add(task)
         try:
             async with self._gate:
@@ -219,8 +218,7 @@ class ServerEngine(ABC):
         while self.alive():
             await asyncio.sleep(0.5)
         for task in self._asking:
-            if task:
-                task.cancel()
+            task.cancel()
 
     async def _ask(self, flight: int, request: Request, spec: SamplingSpec) -> list[RawRollout]:
         what = f"request {request.request_id} ({len(request.prompt_token_ids)} prompt tokens) to {self.url}"
