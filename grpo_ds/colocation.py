@@ -4,7 +4,8 @@
 
 Waking is part of the publication: the engine's `pause` takes the weights' memory and its `resume` the cache's. Free
 device memory is measured at the end of each phase, after the trainer's own cache of freed blocks was given back. A
-phase after which less and less is free has a leak, and the run ends with its name before it ends for lack of memory.
+phase after which less and less is free has a leak, and the run ends with its name before it ends for lack of memory; so
+does it when an engine says that it sleeps and a node's devices have not got back at least the weights of its servers.
 
 70B bf16 on 8 x 80 GB: the engine's weights take 17.5 GB of a GPU and its KV cache what the recipe allows; asleep it
 keeps about 1 GB (its CUDA context and graphs). Sleeping costs nothing on the wire: the weights are dropped, because the
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from grpo_ds.config import EngineConfig
 from grpo_ds.dist import Ranks
 from grpo_ds.engine.base import GenerationEngine
+from grpo_ds.engine.devices import ranks_of
 
 _SETTLING_ROUNDS = 2
 """Rounds that set a phase's baseline: the first ones allocate optimizer state and workspaces that stay."""
@@ -29,20 +31,30 @@ class MemoryDrift(RuntimeError):
 
 
 class SleepFailed(RuntimeError):
-    """An engine could not give its memory back; the message says which node's, and why."""
+    """An engine did not give its memory back; the message says which node's, and why."""
 
 
 class Colocation:
     """Told of the end of each phase by every rank; does nothing unless engine.sleep is set."""
 
     def __init__(
-        self, config: EngineConfig, ranks: Ranks, engine: GenerationEngine | None, free: Callable[[], int] | None
+        self,
+        config: EngineConfig,
+        ranks: Ranks,
+        engine: GenerationEngine | None,
+        free: Callable[[], int] | None,
+        model_bytes: int,
     ) -> None:
-        """engine: on the ranks that lead a node. free: bytes free on this rank's device; null: nothing to measure."""
+        """engine: on the ranks that lead a node. free: bytes free on this rank's device; null: nothing to measure.
+
+        model_bytes: of the weights that each of the node's servers holds.
+        """
         self._on = config.sleep
         self._limit = config.max_memory_drift_gb * _GIB
         self._ranks = ranks
         self._engine = engine
+        self._weights = config.replicas * model_bytes
+        self._devices = config.replicas * ranks_of(config)
         self._free = free if config.sleep else None
         self._seen: dict[str, list[int]] = {}
 
@@ -55,6 +67,7 @@ class Colocation:
         if self._on and phase == "generate":
             self._sleep()
             self._measure("sleep")
+            self._require_freed()
 
     def metrics(self) -> dict[str, float]:
         """memory/free_after_PHASE of this rank's device, in GiB, as last measured."""
@@ -69,6 +82,23 @@ class Colocation:
                 reason = f"node {self._ranks.node}: {error}"
         if reasons := [r for r in self._ranks.all_gather(reason, "engine sleep") if r]:
             raise SleepFailed(f"{self._ranks.where}: an engine did not go to sleep: {reasons[0]}")
+
+    def _require_freed(self) -> None:
+        """Whether sleep freed the weights at least, which lie evenly on the devices of the node's servers.
+
+        A node with fewer ranks than devices sees the memory of some of them only.
+        """
+        freed = self._seen["sleep"][-1] - self._seen["generate"][-1] if self._free else None
+        rows = self._ranks.all_gather([self._ranks.node, freed], "memory that sleep freed")
+        for node in sorted({node for node, count in rows if count is not None}):
+            counts = [count for where, count in rows if where == node]
+            wanted = self._weights * min(1.0, len(counts) / self._devices)
+            if sum(counts) < wanted:
+                raise SleepFailed(
+                    f"{self._ranks.where}, phase `sleep`: the engine of node {node} says that it sleeps, and "
+                    f"{sum(counts) / _GIB:.2f} GiB of device memory were freed, less than the {wanted / _GIB:.2f} GiB of "
+                    "its weights alone: look into its log, or set engine.sleep: false"
+                )
 
     def _measure(self, phase: str) -> None:
         if self._free is None:

@@ -126,7 +126,8 @@ class EngineConfig:
     `launch/setup.sh --engine sglang` makes."""
     urls: list[str] = field(default_factory=list)
     """Servers that run already (`python -m grpo_ds.engine.serve`, or `.sglang_serve`), instead of starting one; on
-    another host only with the same GRPO_DS_ENGINE_KEY in the environment of both."""
+    another host only with the same GRPO_DS_ENGINE_KEY in the environment of both. https: the certificate must be one
+    that this system trusts."""
     args: dict[str, Any] = field(default_factory=dict)
     """Options of the engine under its own names, e.g. {max_num_seqs: 256}."""
     start_timeout_s: float = 300.0
@@ -136,10 +137,11 @@ class EngineConfig:
     replicas: int = 1
     """Servers a node runs; requests wait in one queue, from which each takes its next when it has capacity."""
     max_restarts: int = 0
-    """Engine failures a node survives: the server is restarted and given the weights; 0: the first one ends the run."""
-    stall_timeout_s: float = 60.0
-    """Longest silence of a server before it counts as hung (a health check, a step of a weight update), in seconds;
-    used with replicas > 1 or max_restarts > 0."""
+    """Engine failures a node survives: the server is restarted (one of engine.urls: waited for, start_timeout_s at a
+    time) and given the weights; 0: the first one ends the run."""
+    stall_timeout_s: float = 300.0
+    """Longest silence of a server before it counts as hung (a health check, a step of a weight update), in seconds. A
+    server answers between two forward passes, so it must exceed the longest one; vLLM and SGLang themselves allow 300."""
     sleep: bool = False
     """Engine and trainer share GPUs: the engine gives its memory back while the trainer computes."""
     max_memory_drift_gb: float = 1.0

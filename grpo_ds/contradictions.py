@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for each."""
     yield from _about_sampling(recipe)
+    yield from _about_engine(recipe)
     yield from _about_sync_mode(recipe)
 
 
@@ -43,6 +44,17 @@ def _about_sampling(recipe: Recipe) -> Iterator[str]:
         yield (
             f"train.micro_batch_tokens ({recipe.train.micro_batch_tokens}) is below data.max_prompt_tokens + "
             f"rollout.max_response_tokens ({longest}): a sequence is never split, so the longest one must fit"
+        )
+
+
+def _about_engine(recipe: Recipe) -> Iterator[str]:
+    engine = recipe.engine
+    if engine.urls and engine.replicas > 1:
+        yield "engine.replicas counts servers that the run starts, and engine.urls names others: remove one of them"
+    if engine.urls and engine.sleep:
+        yield (
+            "engine.sleep is for servers that share the trainer's GPUs, which the run starts itself, and engine.urls names "
+            "others: remove one of them"
         )
 
 

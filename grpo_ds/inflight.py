@@ -25,8 +25,7 @@ TICK_S = 1.0
 _ABORT_S = 20.0
 """Seconds in which answers must have come once the engine aborted them."""
 _CLOSE_S = 5.0
-"""Seconds in which the threads must have ended once their engine is closed; those that wait for a server that others
-run may not, and end with the process."""
+"""Seconds in which the threads must have ended once their engine is closed."""
 
 
 def purposes(greedy_baseline: bool) -> tuple[str, ...]:

@@ -274,7 +274,13 @@ class Run:
             log=self.log,
             layout=layout,
             after_round=self._after_round,
-            colocation=Colocation(recipe.engine, ranks, self.engine, backend.free_device_memory if on_device else None),
+            colocation=Colocation(
+                recipe.engine,
+                ranks,
+                self.engine,
+                backend.free_device_memory if on_device else None,
+                self.publisher.model_bytes,
+            ),
             reward_stats=lambda: reward_metrics(self.pool.take_stats() if self.pool else {}, ranks),
             engine_faults=self.sampler.faults,
         )

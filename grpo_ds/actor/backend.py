@@ -52,7 +52,8 @@ def free_device_memory() -> int:
     """Bytes free on this rank's device, after PyTorch gave back the blocks that it keeps for later."""
     get_accelerator().synchronize()
     get_accelerator().empty_cache()
-    return int(get_accelerator().available_memory())
+    # Of all processes; DeepSpeed counts only this one where pynvml is missing.
+    return int(torch.accelerator.get_memory_info()[0])
 
 
 def connect(ranks: Ranks) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from grpo_ds.config import EngineConfig, RecipeError
-from grpo_ds.engine.base import EngineSettings, GenerationEngine
+from grpo_ds.engine.base import EngineSettings, GenerationEngine, ServerLike
 from grpo_ds.engine.devices import replica_settings
+from grpo_ds.engine.key import checked_urls, shared_key
 
 KINDS = ("vllm", "sglang", "hf")
 
@@ -21,47 +23,45 @@ def make_engine(
     device: str,
     seed: int,
 ) -> GenerationEngine:
-    """Make (not start) a node's engine of config.kind; with replicas or restarts it is an `EnginePool`.
+    """Make (not start) a node's engine of config.kind: an `EnginePool` of its servers, or hf in this process.
 
     dtype: "float32" or "bfloat16". max_model_len: longest prompt + response, in tokens. device: "cpu" or "cuda".
     Raises RecipeError for an unknown kind and for settings the engine cannot take.
     """
-    if config.sleep and config.kind == "hf":
+    if config.kind not in KINDS:
+        raise RecipeError(f"engine.kind is {config.kind!r}, which does not exist: choose one of {', '.join(KINDS)}")
+    settings = EngineSettings(model_path, dtype, max_model_len, log_dir, device, seed)
+    if config.kind == "hf":
+        _check_in_process(config)
+        from grpo_ds.engine.hf import HfEngine
+
+        return HfEngine(config, settings.model_path, settings.dtype, settings.max_model_len, settings.device)
+    if config.replicas > 1 and "port" in config.args:
+        raise RecipeError(f"engine.args.port is one port for engine.replicas {config.replicas} servers: remove it")
+    if config.urls:
+        config = replace(config, urls=checked_urls(config.urls, shared_key()))
+    from grpo_ds.engine.pool import EnginePool
+
+    return EnginePool(lambda k: make_server(config, replica_settings(config, settings, k)), config)
+
+
+def _check_in_process(config: EngineConfig) -> None:
+    if config.sleep:
         raise RecipeError(
             "engine.sleep means nothing to engine.kind hf, which lives in the trainer's process: remove it"
         )
-    settings = EngineSettings(model_path, dtype, max_model_len, log_dir, device, seed)
-    if config.replicas == 1 and config.max_restarts == 0:
-        return _make_one(config, settings)
-    _check_pool(config)
-    from grpo_ds.engine.pool import EnginePool
-
-    return EnginePool(lambda k: _make_one(config, replica_settings(config, settings, k)), config)
-
-
-def _check_pool(config: EngineConfig) -> None:
-    keys = "engine.replicas and engine.max_restarts"
-    if config.kind == "hf":
-        raise RecipeError(f"{keys} mean nothing to engine.kind hf, which has no server: remove them")
-    if config.urls:
+    if config.replicas > 1 or config.max_restarts > 0:
         raise RecipeError(
-            f"{keys} are for servers that the run starts, and engine.urls names others: remove one of them"
+            "engine.replicas and engine.max_restarts mean nothing to engine.kind hf, which has no server: remove them"
         )
-    if config.replicas > 1 and "port" in config.args:
-        raise RecipeError(f"engine.args.port is one port for engine.replicas {config.replicas} servers: remove it")
 
 
-def _make_one(config: EngineConfig, settings: EngineSettings) -> GenerationEngine:
+def make_server(config: EngineConfig, settings: EngineSettings) -> ServerLike:
+    """Make (not start) one server of config.kind, vllm or sglang; RecipeError as `make_engine`."""
     if config.kind == "vllm":
         from grpo_ds.engine.vllm import VllmEngine
 
         return VllmEngine(config, settings)
-    if config.kind == "sglang":
-        from grpo_ds.engine.sglang import SglangEngine
+    from grpo_ds.engine.sglang import SglangEngine
 
-        return SglangEngine(config, settings)
-    if config.kind == "hf":
-        from grpo_ds.engine.hf import HfEngine
-
-        return HfEngine(config, settings.model_path, settings.dtype, settings.max_model_len, settings.device)
-    raise RecipeError(f"engine.kind is {config.kind!r}, which does not exist: choose one of {', '.join(KINDS)}")
+    return SglangEngine(config, settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,8 @@ class EngineSettings:
     seed: int
     visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server; null: the trainer's own."""
+    url: str | None = None
+    """A server that runs already, to be joined instead of starting one."""
 
 
 OnAnswer = Callable[[Request, list[RawRollout]], None]
@@ -136,7 +139,7 @@ class GenerationEngine(Protocol):
         """End the engine and everything it started. May be called more than once."""
 
     def alive(self) -> bool:
-        """Whether the engine's process runs (of servers started elsewhere: whether they answer)."""
+        """False when the engine is known to be gone; nobody is asked."""
 
     def generate(
         self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
@@ -188,6 +191,13 @@ class GenerationEngine(Protocol):
 
     def version(self) -> int:
         """The policy version of the weights; 0 after start, UNKNOWN_VERSION for a server not updated by this run."""
+
+
+class ServerLike(GenerationEngine, Protocol):
+    """An engine that an `EnginePool` can share its requests out to."""
+
+    def submit(self, request: Request, spec: SamplingSpec) -> Future[list[RawRollout]]:
+        """Begin to answer one request and return at once; the future gets spec.n responses, or EngineError."""
 
 
 def stream_seed(seed: int) -> int:

@@ -1,4 +1,4 @@
-"""Which GPUs of the node a replica gets: as many as its tensor-parallel ranks, next to each other. Pure.
+"""What each of a node's servers is told: its place, its log, and its GPUs, which lie next to each other. Pure.
 
 One node with 8 GPUs and engine.args.tensor_parallel_size 2: replica 0 has GPUs 0 and 1, ..., replica 3 has 6 and 7.
 """
@@ -15,8 +15,15 @@ from grpo_ds.engine.base import EngineSettings
 _RANKS = ("tensor_parallel_size", "tp_size", "pipeline_parallel_size", "pp_size")
 
 
+def server_count(config: EngineConfig) -> int:
+    """Servers of a node."""
+    return len(config.urls) or config.replicas
+
+
 def replica_settings(config: EngineConfig, settings: EngineSettings, replica: int) -> EngineSettings:
-    """The settings of one of config.replicas servers: a folder for its log, and its GPUs where there are any."""
+    """The settings of one of the node's servers: where it runs, or a folder for its log and its GPUs where there are any."""
+    if config.urls:
+        return replace(settings, url=config.urls[replica])
     if config.replicas == 1:
         return settings
     visible = None

@@ -3,8 +3,9 @@
 The weight-update routes of vLLM have no password of their own, and whoever reaches them decides what the engine says.
 So every server that is started through `grpo_ds.engine.serve` or `.sglang_serve` with the environment variable
 GRPO_DS_ENGINE_KEY answers no request, on any route, without it (HTTP 401); without the variable it listens on loopback
-only. Servers of the run itself get a fresh key. The key travels unencrypted: the network between trainer and engines
-must be a private one. Imports nothing but the standard library, because it also runs inside engines.
+only. Servers of the run itself get a fresh key. The key, prompts and responses travel unencrypted unless the url begins
+with https (the engines' own options --ssl-keyfile and --ssl-certfile); weights always do: the network between trainer
+and engines must be a private one. Imports nothing but the standard library, because it also runs inside engines.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def checked_url(url: str, key: str | None) -> str:
     """The url without a slash at its end; RecipeError for another host than loopback while there is no key."""
     if not _is_plain(url.rstrip("/")):
         shown = "an address with @" if "@" in url else repr(url)  # what precedes an @ is a password
-        raise RecipeError(f"engine.urls contains {shown}: give http://HOST:PORT")
+        raise RecipeError(f"engine.urls contains {shown}: give http://HOST:PORT or https://HOST:PORT")
     if not on_loopback(url) and key is None:
         raise RecipeError(
             f"engine.urls contains {url!r}, which is not on loopback, and there is no environment variable "
@@ -65,13 +66,13 @@ def checked_url(url: str, key: str | None) -> str:
 
 
 def _is_plain(url: str) -> bool:
-    """Whether it is http://HOST:PORT and no more."""
+    """Whether it is http(s)://HOST:PORT and no more."""
     try:
         parts = urlsplit(url)
         named = bool(parts.hostname) and bool(parts.port) and "@" not in parts.netloc
     except ValueError:  # a port that is no number, a bracket that is not closed
         return False
-    return named and (parts.scheme, parts.path, parts.query, parts.fragment) == ("http", "", "", "")
+    return named and parts.scheme in ("http", "https") and not (parts.path or parts.query or parts.fragment)
 
 
 def on_loopback(url: str) -> bool:

@@ -1,8 +1,11 @@
-"""Several engines behind one queue; one that fails costs its unanswered requests a second try, not the run.
+"""A node's servers behind one queue; one that fails costs its unanswered requests a second try, not the run.
 
 Each replica takes the next request when it has capacity, so the slowest does not set the pace. A failed request, a
 silent health check and a failed step of a weight update all take the replica out of service (`grpo_ds.engine.replicas`).
 A restarted one needs the trainer's weights: `needs_weights` asks for a weight update.
+
+Whoever calls `generate` hands the requests out; a server's answers arrive in the one thread of its event loop. So 1,024
+requests in flight are no threads, and a file descriptor each (`grpo_ds.engine.http.connections`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from grpo_ds.config import EngineConfig
@@ -17,12 +21,14 @@ from grpo_ds.engine.base import (
     Carrier,
     EngineDown,
     EngineError,
-    GenerationEngine,
     OnAnswer,
     RawRollout,
     Request,
     SamplingSpec,
+    ServerLike,
 )
+from grpo_ds.engine.devices import server_count
+from grpo_ds.engine.http import connections
 from grpo_ds.engine.replicas import POLL_S, Replica, Replicas, State, background
 from grpo_ds.engine.work import WorkQueue, check_answer
 
@@ -35,9 +41,9 @@ _PROBE_S = 2.0
 
 
 class EnginePool:
-    """`config.replicas` engines as one; implements `GenerationEngine`."""
+    """All servers of a node as one engine; implements `GenerationEngine`."""
 
-    def __init__(self, make: Callable[[int], GenerationEngine], config: EngineConfig) -> None:
+    def __init__(self, make: Callable[[int], ServerLike], config: EngineConfig) -> None:
         """make: a new engine, not started, for replica 0, 1, ...; called again at each restart."""
         self._config = config
         self._replicas = Replicas(make, config)
@@ -45,6 +51,7 @@ class EnginePool:
         self._members: list[tuple[Replica, int]] = []
         """Replicas of the last weight update, with their life at its beginning."""
         self._queues: list[WorkQueue] = []
+        self._connections = connections(server_count(config))
         self._version = 0
         self._updates = 0
         """Weight updates begun."""
@@ -83,19 +90,29 @@ class EnginePool:
         """
         if not requests:
             return []
-        queue, lock = WorkQueue(requests, spec, on_answer), self._replicas.lock
-        with lock:
+        queue = WorkQueue(requests, spec, on_answer)
+        with self._replicas.lock:
             self._replicas.raise_fatal()
             self._queues.append(queue)
-            self._set_to_work(queue)
-        try:
-            self._wait_for(queue)
-        finally:
-            with lock:
-                queue.closed = True
+            try:
+                while not queue.complete:
+                    self._attend(queue)
+                    if not queue.complete:
+                        self._replicas.changed.wait(POLL_S)
+            finally:
                 self._queues.remove(queue)
-                self._replicas.work.notify_all()
+            self._replicas.raise_fatal()
         return queue.in_order()
+
+    def _attend(self, queue: WorkQueue) -> None:
+        """What whoever waits for answers does: hands requests out, and sees to it that there is somebody to answer."""
+        self._check_health()
+        self._replicas.raise_fatal()
+        if self._replicas.closed:
+            raise EngineError("the engine was closed while it generated")
+        self._hand_out(queue)
+        if not queue.on_answer and not self._replicas.serving():
+            raise EngineDown("no engine replica is in service; a restart is under way", queue.finished)
 
     def abort(self) -> None:
         """As in `GenerationEngine`; a replica that does not obey is taken out of service."""
@@ -114,89 +131,75 @@ class EnginePool:
             if time.monotonic() > deadline:
                 raise EngineError(f"aborted requests were not answered within {2 * self._config.stall_timeout_s:g} s")
 
-    def _set_to_work(self, queue: WorkQueue) -> None:
-        """Gives the queue to the replicas in service that do not work on it yet. Under the lock."""
+    def _hand_out(self, queue: WorkQueue) -> None:
+        """Gives each replica in service as many requests as it may have in flight. Under the lock."""
         serving = self._replicas.serving()
+        slots = _slots(len(queue), queue.spec.n, len(serving))
         for replica, life in serving:
-            if (replica.index, life) in queue.takers:
-                continue
-            queue.takers.add((replica.index, life))
-            background(self._probe, replica, life, queue)
-            for _ in range(_slots(len(queue), queue.spec.n, len(serving))):
-                background(self._serve, replica, life, queue)
+            taker = (replica.index, life)
+            free = self._connections - sum(other.held(taker) for other in self._queues)
+            for _ in range(min(slots - queue.held(taker), free)):
+                if replica.life != life or (request := queue.take(taker)) is None:
+                    break
+                self._ask(replica, life, queue, request)
 
-    def _wait_for(self, queue: WorkQueue) -> None:
+    def _ask(self, replica: Replica, life: int, queue: WorkQueue, request: Request) -> None:
+        oldest = self._version
+        try:
+            asked = replica.engine.submit(request, queue.spec)
+        except Exception as error:  # whatever it was, this replica cannot be trusted with requests
+            self._replicas.quarantine(replica, life, error)
+            return
+        asked.add_done_callback(lambda done: self._answered(replica, life, queue, request, oldest, done))
+
+    def _answered(
+        self,
+        replica: Replica,
+        life: int,
+        queue: WorkQueue,
+        request: Request,
+        oldest: int,
+        answer: Future[list[RawRollout]],
+    ) -> None:
+        try:
+            rollouts = answer.result()
+            check_answer(request, rollouts, queue.spec, oldest, self._version, aborted=queue.aborted)
+        except Exception as error:  # as in `_ask`
+            self._replicas.quarantine(replica, life, error)
+            return
         with self._replicas.lock:
-            while not queue.complete:
-                self._replicas.raise_fatal()
-                if self._replicas.closed:
-                    raise EngineError("the engine was closed while it generated")
-                self._check_probes()
-                if not queue.on_answer and not self._replicas.serving():
-                    raise EngineDown("no engine replica is in service; a restart is under way", queue.finished)
-                self._replicas.changed.wait(POLL_S)
+            if queue.answer((replica.index, life), request, rollouts):
+                self._replicas.changed.notify_all()
 
     def _hand_back(self, replica: Replica, life: int) -> int:
         return sum(queue.hand_back((replica.index, life)) for queue in self._queues)
 
-    def _serve(self, replica: Replica, life: int, queue: WorkQueue) -> None:
-        """Answers one request after the other until the call is over or the replica fails."""
-        taker, oldest = (replica.index, life), self._version
-        while True:
-            with self._replicas.lock:
-                while not (over := queue.closed or replica.life != life) and (
-                    replica.state is not State.SERVING or (request := queue.take(taker)) is None
-                ):
-                    self._replicas.work.wait()  # for the end of an update, or others that fail and hand theirs back
-                engine = replica.engine
-            if over:
-                return
-            assert request is not None
-            try:
-                (rollouts,) = engine.generate([request], queue.spec)
-                check_answer(request, rollouts, queue.spec, oldest, self._version, aborted=queue.aborted)
-            except Exception as error:  # whatever it was, this replica cannot be trusted with requests
-                self._replicas.quarantine(replica, life, error)
-                return
-            with self._replicas.lock:
-                if queue.answer(taker, request, rollouts) and queue.complete:
-                    self._replicas.changed.notify_all()
-
-    def _probe(self, replica: Replica, life: int, queue: WorkQueue) -> None:
-        """Asks the replica for its version now and then."""
-        pause = min(_PROBE_S, self._config.stall_timeout_s / 4)
-        due = time.monotonic() + pause
-        while True:
-            with self._replicas.lock:
-                while not (over := queue.closed or replica.life != life) and (
-                    replica.state is not State.SERVING or time.monotonic() < due
-                ):
-                    self._replicas.work.wait(pause)
-                if over:
-                    return
-                engine, updates = replica.engine, self._updates
-                replica.probed_at = replica.probed_at or time.monotonic()
-            try:
-                self._require_version(engine)
-            except Exception as error:  # as in `_serve`
-                with self._replicas.lock:
-                    meanwhile = updates != self._updates
-                if not meanwhile:  # an update sees for itself which replicas fail
-                    self._replicas.quarantine(replica, life, error)
-                    return
-            with self._replicas.lock:
-                if replica.life == life:
-                    replica.probed_at = None
-            due = time.monotonic() + pause
-
-    def _check_probes(self) -> None:
-        limit = self._config.stall_timeout_s
-        for replica, life in self._replicas.running():
-            if replica.state is not State.SERVING or replica.probed_at is None:
-                continue
-            if time.monotonic() - replica.probed_at > limit:
+    def _check_health(self) -> None:
+        """Has each replica in service asked for its version now and then; one that stays silent is taken out."""
+        now, limit = time.monotonic(), self._config.stall_timeout_s
+        for replica, life in self._replicas.serving():
+            if replica.probed_at is None:
+                if now >= replica.probe_due:
+                    replica.probed_at = now
+                    background(self._probe, replica, life, replica.engine, self._updates)
+            elif now - replica.probed_at > limit:
                 silent = EngineError(f"no answer to a health check within {limit:g} s (engine.stall_timeout_s)")
                 self._replicas.quarantine(replica, life, silent)
+
+    def _probe(self, replica: Replica, life: int, engine: ServerLike, updates: int) -> None:
+        failure = None
+        try:
+            self._require_version(engine)
+        except Exception as error:  # as in `_ask`
+            failure = error
+        with self._replicas.lock:
+            if replica.life != life:
+                return
+            replica.probed_at = None
+            replica.probe_due = time.monotonic() + min(_PROBE_S, self._config.stall_timeout_s / 4)
+            meanwhile = updates != self._updates  # an update sees for itself which replicas fail
+        if failure is not None and not meanwhile:
+            self._replicas.quarantine(replica, life, failure)
 
     def sleep(self) -> None:
         self._each("sleep", lambda engine: engine.sleep())
@@ -235,7 +238,7 @@ class EnginePool:
         self._each("version", self._require_version)
         return self._version
 
-    def _require_version(self, engine: GenerationEngine) -> None:
+    def _require_version(self, engine: ServerLike) -> None:
         if (found := engine.version()) != self._version:
             raise EngineError(f"it reports policy version {found} where it was given {self._version}")
 
@@ -245,16 +248,14 @@ class EnginePool:
                 if replica.life == life:
                     replica.state = state
                     replica.probed_at = replica.probed_at and time.monotonic()  # an update may have kept it waiting
-            for queue in self._queues:
-                self._set_to_work(queue)
-            self._replicas.work.notify_all()
+            self._replicas.changed.notify_all()
 
-    def _each(self, step: str, call: Callable[[GenerationEngine], object]) -> None:
+    def _each(self, step: str, call: Callable[[ServerLike], object]) -> None:
         """Calls all members of the last update at once; who fails or misses the deadline is taken out of service."""
         limit = self._config.stall_timeout_s
         outcomes: dict[int, Exception | None] = {}
 
-        def attempt(replica: Replica, engine: GenerationEngine) -> None:
+        def attempt(replica: Replica, engine: ServerLike) -> None:
             try:
                 call(engine)
                 outcomes[replica.index] = None
@@ -275,6 +276,6 @@ class EnginePool:
 
 
 def _slots(requests: int, n: int, replicas: int) -> int:
-    """Requests that a replica has in flight at once."""
-    share = requests if replicas == 1 else math.ceil(_SHARE * requests / replicas)
+    """Requests of a call that each of so many replicas may have in flight at once."""
+    share = requests if replicas <= 1 else math.ceil(_SHARE * requests / replicas)
     return max(1, min(share, _MAX_SEQUENCES // n))

@@ -18,6 +18,8 @@ from grpo_ds.engine.base import EngineError
 
 _PORT_TRIES = 3
 _LOG_TAIL_BYTES = 12000
+_END_S = 15.0
+"""Seconds in which a guard must have ended its server, and then in which it must have ended after SIGKILL."""
 _SCRATCH_PREFIX = "grpo-ds-"
 _LONGEST_TMPDIR = 107 - len(f"/{_SCRATCH_PREFIX}12345678") - len("/01234567-0123-0123-0123-0123456789ab")
 """Bytes: the path of a Unix socket has at most 107 (man 7 unix), and vLLM's sockets in our folder are named so."""
@@ -108,11 +110,20 @@ class ServerProcess:
         assert guard.stdin is not None
         guard.stdin.close()  # the guard's signal to end the server
         try:
-            guard.wait(timeout=15)
+            guard.wait(_END_S)
         except subprocess.TimeoutExpired:
             guard.kill()  # the kernel then kills the server
-            guard.wait()
+            self._wait_killed(guard)
         self._remove_scratch()  # the guard did it, unless it was killed
+
+    def _wait_killed(self, guard: subprocess.Popen[bytes]) -> None:
+        try:
+            guard.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            raise EngineError(
+                f"process {guard.pid}, the guard of the {self.label} server, did not end within {_END_S:g} s of SIGKILL: a "
+                "device or file system that it waits for does not answer; look at it with `cat /proc/PID/stack`"
+            ) from None
 
     def _remove_scratch(self) -> None:
         if self._scratch is not None and self._scratch.exists():

@@ -1,6 +1,9 @@
-"""Engines that may fail: takes a broken one out of service, ends its processes, and restarts it in the background.
+"""Servers that may fail: takes a broken one out of service, ends its processes, and restarts it in the background.
 
-The policy's weights live in the trainer, so a replica that came up again stays BARE until the next weight update.
+One of engine.urls is not ours to restart: it is joined anew as soon as it answers its health check. The policy's weights
+live in the trainer, so a replica that is back stays BARE until the next weight update.
+
+With engine.sleep a restart waits for the beginning of that update: at any other time the trainer may hold the memory.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from grpo_ds.config import EngineConfig
-from grpo_ds.engine.base import EngineError, GenerationEngine
+from grpo_ds.engine.base import EngineError, ServerLike
+from grpo_ds.engine.devices import server_count
 
 COUNTS = ("quarantined", "restarts", "redone_requests")
-"""What is counted: replicas taken out of service, replicas that came up again, requests handed back."""
+"""What is counted: replicas taken out of service, replicas that came back, requests handed back."""
 POLL_S = 0.2
 _CLOSE_S = 60.0
 """Seconds in which a replica must have been closed."""
@@ -25,7 +29,7 @@ _CLOSE_S = 60.0
 
 class State(Enum):
     DOWN = "down"
-    """Being closed and restarted."""
+    """Being closed and restarted, or waited for."""
     BARE = "bare"
     """Up, without the current weights."""
     SERVING = "serving"
@@ -36,29 +40,33 @@ class Replica:
     """One engine after the other, each under the same number."""
 
     index: int
-    engine: GenerationEngine
+    name: str
+    """In messages."""
+    engine: ServerLike
     state: State = State.DOWN
     life: int = 0
     """Counts failures: what was begun in an earlier life has no say any more."""
     probed_at: float | None = None
     """When the health check that is not answered yet was made."""
+    probe_due: float = 0.0
+    """When the next one is to be made."""
 
 
 class Replicas:
-    """`config.replicas` engines under supervision. Fields of a replica are read and written under `lock`."""
+    """The servers of a node under supervision. Fields of a replica are read and written under `lock`."""
 
-    def __init__(self, make: Callable[[int], GenerationEngine], config: EngineConfig) -> None:
+    def __init__(self, make: Callable[[int], ServerLike], config: EngineConfig) -> None:
         self._make = make
         self._config = config
-        self.all = [Replica(index, make(index)) for index in range(config.replicas)]
+        names = [f"engine {url}" for url in config.urls] or [f"engine replica {k}" for k in range(config.replicas)]
+        self.all = [Replica(index, names[index], make(index)) for index in range(server_count(config))]
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         """A replica's state changed, or something was answered."""
-        self.work = threading.Condition(self.lock)
-        """There may be something to do for those who serve."""
         self.handed_back: Callable[[Replica, int], int] = lambda replica, life: 0
         """Told under `lock` which replica failed, in which life; returns how many requests it had not answered."""
         self.closed = False
+        self._may_start = not config.sleep
         self._failures = 0
         self._fatal: EngineError | None = None
         self._counts: Counter[str] = Counter()
@@ -83,7 +91,6 @@ class Replicas:
             self.closed = True
             engines = [replica.engine for replica in self.all]
             self.changed.notify_all()
-            self.work.notify_all()
         for thread in [background(engine.close) for engine in engines]:
             thread.join(_CLOSE_S)
 
@@ -98,22 +105,29 @@ class Replicas:
             return [(replica, replica.life) for replica in self.all if replica.state is State.SERVING]
 
     def wait_running(self) -> list[tuple[Replica, int]]:
-        """Those that are up; waits while there is none."""
+        """Those that are up; waits while there is none, and with engine.sleep for all of them."""
         for replica, life in self.running():
             if not replica.engine.alive():
                 self.quarantine(replica, life, EngineError("its process ended while nothing was asked of it"))
         timeout_s = 2 * self._config.start_timeout_s + _CLOSE_S
         deadline = time.monotonic() + timeout_s
         with self.lock:
-            while True:
-                self.raise_fatal()
-                if running := self.running():
-                    return running
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"no engine replica came up again within {timeout_s:g} s (engine.start_timeout_s)"
-                    )
-                self.changed.wait(POLL_S)
+            self._may_start = True
+            self.changed.notify_all()
+            try:
+                while True:
+                    self.raise_fatal()
+                    running = self.running()
+                    if len(running) == len(self.all) or (running and not self._config.sleep):
+                        return running
+                    if time.monotonic() > deadline:
+                        raise EngineError(
+                            f"{len(running)} of {len(self.all)} engine replicas came up again within {timeout_s:g} s "
+                            "(engine.start_timeout_s)"
+                        )
+                    self.changed.wait(POLL_S)
+            finally:
+                self._may_start = not self._config.sleep
 
     def take_counts(self) -> dict[str, int]:
         """COUNTS since the last call."""
@@ -136,14 +150,13 @@ class Replicas:
             replica.life, replica.state, replica.probed_at = life + 1, State.DOWN, None
             restart = self._may_restart(replica, cause)
             self.changed.notify_all()
-            self.work.notify_all()
         if restart:
             background(self._restart, replica)
 
     def _may_restart(self, replica: Replica, cause: Exception) -> bool:
         """Counts a failure, and says it."""
         limit = self._config.max_restarts
-        reason = f"engine replica {replica.index} failed: {cause}"
+        reason = f"{replica.name} failed: {cause}"
         with self.lock:
             self._failures += 1
             number = self._failures
@@ -154,7 +167,8 @@ class Replicas:
                 self._fatal = self._fatal or EngineError(many + reason)
                 self.changed.notify_all()
                 return False
-        sys.stderr.write(f"grpo_ds: {reason.splitlines()[0][:300]}; it is restarted ({number} of {limit})\n")
+        fate = "waited for" if self._config.urls else "restarted"
+        sys.stderr.write(f"grpo_ds: {reason.splitlines()[0][:300]}; it is {fate} ({number} of {limit})\n")
         sys.stderr.flush()
         return True
 
@@ -162,6 +176,7 @@ class Replicas:
         while True:
             try:
                 replica.engine.close()
+                self._wait_for_turn()
                 engine = self._make(replica.index)
                 with self.lock:
                     if self.closed:
@@ -180,6 +195,12 @@ class Replicas:
                 self.changed.notify_all()
                 return
         engine.close()  # all were closed while this one started
+
+    def _wait_for_turn(self) -> None:
+        """Ends with the start of a weight update, or of the run's end."""
+        with self.lock:
+            while not self._may_start and not self.closed:
+                self.changed.wait(POLL_S)
 
 
 def background(work: Callable[..., object], *args: object) -> threading.Thread:

@@ -1,4 +1,4 @@
-"""What the engines with a server process of their own share: HTTP to servers that run here or elsewhere.
+"""What the engines with a server process of their own share: HTTP to one server that runs here or elsewhere.
 
 Bytes a server, 70B, 64 nodes, 32k tokens, 64 prompts x 16 samples a node and round: prompts and responses are token
 ids and log-probabilities as JSON, about 20 bytes a token, so 0.7 GB a round on loopback; weights never pass here.
@@ -11,7 +11,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, ClassVar
 
 from grpo_ds.config import EngineConfig
@@ -28,23 +28,21 @@ from grpo_ds.engine.base import (
     parse_version,
 )
 from grpo_ds.engine.flights import Flights
-from grpo_ds.engine.http import Http, Post, Unreachable
-from grpo_ds.engine.key import checked_urls, shared_key
+from grpo_ds.engine.http import Http, Unreachable, connections
+from grpo_ds.engine.key import shared_key
 from grpo_ds.engine.process import ServerProcess
-from grpo_ds.engine.servers import RUBBISH, JoinedServers, OwnServer, ServerKind, Servers, shown
+from grpo_ds.engine.servers import RUBBISH, JoinedServer, OwnServer, Server, ServerKind, shown
 
-_MAX_CONNECTIONS = 256
 _ABORT_TIMEOUT_S = 60.0
 _ABORT_AGAIN_S = 0.2
 """Seconds after which an abort is repeated: a request may reach the server just after the one before."""
 
 
 class ServerEngine(ABC):
-    """Starts a server on loopback (or, with engine.urls, joins others); the part of `GenerationEngine` that is HTTP.
+    """Starts a server on loopback (or, with settings.url, joins one); the part of `ServerLike` that is HTTP.
 
-    Requests are spread over the servers round-robin; everything else goes to each of them. A server that is started
-    here answers only who knows its key. One that is joined may lie on another host when it demands the key of the
-    environment (`grpo_ds.engine.key`).
+    A server that is started here answers only who knows its key. One that is joined may lie on another host when it
+    demands the key of the environment (`grpo_ds.engine.key`).
     """
 
     kind: ClassVar[ServerKind]
@@ -56,36 +54,43 @@ class ServerEngine(ABC):
     ) -> None:
         """args: the server's command line without name, host and port. env: what its environment has to contain.
 
-        Raises RecipeError for a url that may not be joined, a key that could be guessed and a port that is taken.
+        Raises RecipeError for a key that could be guessed and a port that is taken.
         """
         self._config = config
-        key = shared_key() if config.urls else secrets.token_hex(16)
-        self._http = Http(key)
-        self._servers: Servers
-        if config.urls:
-            self._servers = JoinedServers(self.kind, self._http, checked_urls(config.urls, key))
+        self._server: Server
+        if settings.url is not None:
+            self._http = Http(shared_key(), secure=settings.url.startswith("https:"))
+            self._server = JoinedServer(self.kind, self._http, settings.url)
         else:
-            # Told to our own server, so that no other one that happens to answer on the port is taken for it.
-            name = f"policy-{secrets.token_hex(8)}"
-            command = [python, "-m", self.kind.module, *args, "--served-model-name", name, "--host", "127.0.0.1"]
-            # gloo's: the server's processes are all on this machine, whatever leads from the trainer to other nodes.
-            env = env | {KEY_VARIABLE: str(key), "GLOO_SOCKET_IFNAME": "lo"}
-            if settings.visible_devices is not None:
-                env["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
-            process = ServerProcess(
-                self.kind.label,
-                lambda port: [*command, "--port", str(port)],
-                env,
-                settings.log_dir / f"{self.kind.label.lower()}_server.log",
-                int(config.args["port"]) if "port" in config.args else None,
-                self._noise,
-            )
-            self._servers = OwnServer(self.kind, self._http, process, name)
+            key = secrets.token_hex(16)
+            self._http = Http(key)
+            self._server = self._own_server(settings, key, [python, "-m", self.kind.module, *args], env)
+        self._gate = asyncio.Semaphore(connections(1))
         self._flights = Flights()
+        self._asking: set[asyncio.Task[Any]] = set()
+        self._watch: Future[None] | None = None
         self._carrier: Carrier | None = None
-        self._channels: dict[str, Channel] = {}
-        """By server; all of `_carrier`, whose memory and deadline they have."""
+        self._channel: Channel | None = None
+        """Of `_carrier`, whose memory and deadline it has."""
         self._asleep = False
+
+    def _own_server(self, settings: EngineSettings, key: str, command: list[str], env: dict[str, str]) -> OwnServer:
+        # Told to our own server, so that no other one that happens to answer on the port is taken for it.
+        name = f"policy-{secrets.token_hex(8)}"
+        command = [*command, "--served-model-name", name, "--host", "127.0.0.1"]
+        # gloo's: the server's processes are all on this machine, whatever leads from the trainer to other nodes.
+        env = env | {KEY_VARIABLE: key, "GLOO_SOCKET_IFNAME": "lo"}
+        if settings.visible_devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = settings.visible_devices
+        process = ServerProcess(
+            self.kind.label,
+            lambda port: [*command, "--port", str(port)],
+            env,
+            settings.log_dir / f"{self.kind.label.lower()}_server.log",
+            int(self._config.args["port"]) if "port" in self._config.args else None,
+            self._noise,
+        )
+        return OwnServer(self.kind, self._http, process, name)
 
     # ---- what differs ----
 
@@ -98,16 +103,16 @@ class ServerEngine(ABC):
         """The responses in an answer; EngineError when it is not what was asked for."""
 
     @abstractmethod
-    def _abort(self, url: str) -> None:
-        """Have the server end all its requests."""
+    def _abort(self, timeout_s: float) -> None:
+        """Have the server end all its requests; EngineError when it does not answer within timeout_s seconds."""
 
     @abstractmethod
-    def _version_text(self, url: str) -> str:
+    def _version_text(self) -> str:
         """The weight version that the server reports; the process that computes must have been asked."""
 
     @abstractmethod
     def _on_ready(self) -> None:
-        """Called when the servers that were started here answer: they hold the run's policy version 0."""
+        """Called when a server that was started here answers: it holds the run's policy version 0."""
 
     @abstractmethod
     def _pause(self) -> None:
@@ -118,11 +123,11 @@ class ServerEngine(ABC):
         """As `resume` of `GenerationEngine`."""
 
     @abstractmethod
-    def _workers(self, url: str) -> int:
+    def _workers(self) -> int:
         """Processes of the server that hold weights."""
 
     @abstractmethod
-    def _load(self, url: str, bucket: dict[str, Any]) -> None:
+    def _load(self, bucket: dict[str, Any]) -> None:
         """Have the server load the tensors of a bucket."""
 
     @abstractmethod
@@ -137,75 +142,86 @@ class ServerEngine(ABC):
         """Whether a line of the log says nothing."""
         return False
 
-    # ---- the servers ----
+    # ---- the server ----
 
     @property
-    def _urls(self) -> Sequence[str]:
-        return self._servers.urls
+    def url(self) -> str:
+        """Where the server is."""
+        return self._server.url
 
     def start(self) -> None:
-        self._servers.start()
+        self._server.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        self._servers.wait_ready(self._config.start_timeout_s if timeout_s is None else timeout_s)
-        if not self._config.urls:
+        self._server.wait_ready(self._config.start_timeout_s if timeout_s is None else timeout_s)
+        if isinstance(self._server, OwnServer):
             self._on_ready()
 
     def alive(self) -> bool:
-        return self._servers.alive()
+        return self._server.alive()
 
     def close(self) -> None:
-        self._http.close()
-        for channel in self._channels.values():
-            channel.close()
-        self._servers.close()
+        try:
+            self._http.close()
+            if self._channel:
+                self._channel.close()
+        finally:
+            self._server.close()
 
     # ---- generation ----
 
     def generate(
         self, requests: Sequence[Request], spec: SamplingSpec, on_answer: OnAnswer | None = None
     ) -> list[list[RawRollout]]:
-        if not requests:
-            return []
+        """As in `GenerationEngine`. Each request has its own deadline (engine.request_timeout_s); when one fails, the
+        others run on, and nobody is told of their answers but on_answer."""
+        futures = [self._begin(request, spec, on_answer) for request in requests]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()  # raises
+        return [future.result() for future in futures]
+
+    def submit(self, request: Request, spec: SamplingSpec) -> Future[list[RawRollout]]:
+        return self._begin(request, spec, None)
+
+    def _begin(self, request: Request, spec: SamplingSpec, on_answer: OnAnswer | None) -> Future[list[RawRollout]]:
         if self._asleep:
             raise EngineError(f"the {self.kind.label} engine sleeps since its last generation: publish weights first")
         flight = self._flights.take_off()
         try:
-            return asyncio.run(self._generate(requests, spec, flight, on_answer))
+            self._watch = self._watch or self._http.beside(self._until_gone())
+            return self._http.beside(self._answer(request, spec, flight, on_answer))
+        except Unreachable as error:
+            self._flights.land(flight)
+            raise self._error(f"request {request.request_id} was not sent: {error}") from error
+
+    async def _answer(
+        self, request: Request, spec: SamplingSpec, flight: int, on_answer: OnAnswer | None
+    ) -> list[RawRollout]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._asking.add(task)
+        try:
+            async with self._gate:
+                rollouts = await self._ask(flight, request, spec)
+            if on_answer:
+                on_answer(request, rollouts)
+            return rollouts
+        except asyncio.CancelledError:
+            fate = "was closed" if self.alive() else "died"
+            raise self._error(f"the {self.kind.label} server {fate} while it generated") from None
         finally:
+            self._asking.discard(task)
             self._flights.land(flight)
 
-    async def _generate(
-        self, requests: Sequence[Request], spec: SamplingSpec, flight: int, on_answer: OnAnswer | None
-    ) -> list[list[RawRollout]]:
-        async with self._http.session() as post:
-            gate, urls = asyncio.Semaphore(_MAX_CONNECTIONS), self._urls
-
-            async def ask(url: str, request: Request) -> list[RawRollout]:
-                async with gate:
-                    rollouts = await self._ask(post, flight, url, request, spec)
-                if on_answer:
-                    on_answer(request, rollouts)
-                return rollouts
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    watch = group.create_task(self._watch())
-                    tasks = [group.create_task(ask(urls[i % len(urls)], request)) for i, request in enumerate(requests)]
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-                    watch.cancel()
-            except ExceptionGroup as failures:
-                raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _watch(self) -> None:
-        """Fails as soon as the own server is gone, whatever its sockets do."""
-        while not self._servers.died():
+    async def _until_gone(self) -> None:
+        """Ends all requests as soon as the own server is gone, whatever its sockets do."""
+        while self.alive():
             await asyncio.sleep(0.5)
-        raise self._error(f"the {self.kind.label} server died while it generated")
+        for task in self._asking:
+            task.cancel()
 
-    async def _ask(self, post: Post, flight: int, url: str, request: Request, spec: SamplingSpec) -> list[RawRollout]:
-        what = f"request {request.request_id} ({len(request.prompt_token_ids)} prompt tokens) to {url}"
+    async def _ask(self, flight: int, request: Request, spec: SamplingSpec) -> list[RawRollout]:
+        what = f"request {request.request_id} ({len(request.prompt_token_ids)} prompt tokens) to {self.url}"
         timeout_s = self._config.request_timeout_s
         bodies = self._generate_bodies(request, spec)
         try:
@@ -213,7 +229,7 @@ class ServerEngine(ABC):
                 for body in bodies:
                     if self._flights.aborted(flight):  # what was not sent yet need not be
                         return [RawRollout((), (), "abort", ())] * spec.n
-                    answer = await post(url + self.generate_path, body)
+                    answer = await self._http.post(self.url + self.generate_path, body)
                     if answer.status_code != 200:
                         break
         except TimeoutError:
@@ -231,8 +247,7 @@ class ServerEngine(ABC):
         self._flights.abort()
         deadline = time.monotonic() + _ABORT_TIMEOUT_S
         while True:
-            for url in self._urls:
-                self._abort(url)
+            self._abort(max(1.0, deadline - time.monotonic()))
             if self._flights.wait_aborted(_ABORT_AGAIN_S):
                 return
             if time.monotonic() > deadline:
@@ -257,34 +272,24 @@ class ServerEngine(ABC):
             self._asleep = False
         self._resume()
 
-    def _take_carrier(self, carrier: Carrier | None) -> None:
-        """Leaves the channels of another carrier: they lead to its memory, and workers are in one group at a time."""
-        if carrier is not self._carrier:
-            for channel in self._channels.values():
-                channel.close()
-            self._carrier, self._channels = carrier, {}
-
     def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
         self._take_carrier(carrier)
+        if carrier is None:
+            self._load(bucket)
+            return
+        self._channel = self._channel or carrier.open(self.url, self._workers())
+        with self._channel.carry(bucket) as told:
+            self._load(told)
 
-        def bring(url: str) -> None:
-            if carrier is None:
-                self._load(url, bucket)
-                return
-            if url not in self._channels:
-                self._channels[url] = carrier.open(url, self._workers(url))
-            with self._channels[url].carry(bucket) as told:
-                self._load(url, told)
-
-        with ThreadPoolExecutor(len(self._urls)) as threads:
-            list(threads.map(bring, self._urls))
+    def _take_carrier(self, carrier: Carrier | None) -> None:
+        """Leaves the channel of another carrier: it leads to its memory, and workers are in one group at a time."""
+        if carrier is not self._carrier:
+            if self._channel:
+                self._channel.close()
+            self._carrier, self._channel = carrier, None
 
     def version(self) -> int:
-        found = {url: self._version_text(url) for url in self._urls}
-        versions = set(found.values())
-        if len(versions) != 1:
-            raise self._error(f"the servers hold different policy versions: {found}")
-        return parse_version(versions.pop())
+        return parse_version(self._version_text())
 
     def _error(self, message: str) -> EngineError:
-        return self._servers.error(message)
+        return self._server.error(message)

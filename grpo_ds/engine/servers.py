@@ -1,10 +1,9 @@
-"""The servers of an engine: one that is started here, or some that run already; and whether they obey strangers."""
+"""An engine's server: one that is started here, or one that runs already; and whether it obeys strangers."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,31 +32,31 @@ class ServerKind:
     """What `python -m` runs."""
     control_paths: tuple[str, ...]
     """Routes that change the weights when they are posted to; an empty body is refused by all of them."""
+    core_path: str
+    """Route of a GET that is answered by the process that computes: the web server alone may be well."""
 
 
-class Servers(ABC):
-    """At least one server, all with the same weights."""
+class Server(ABC):
+    """HTTP to one server, without a slash at the end of its `url`."""
 
     def __init__(self, kind: ServerKind, http: Http) -> None:
         self._kind = kind
         self._http = http
+        self._silence = ""
+        """Why the last health check had no answer."""
 
     @property
     @abstractmethod
-    def urls(self) -> Sequence[str]:
-        """Where they are, without a slash at the end."""
+    def url(self) -> str:
+        """Where it is."""
 
     @abstractmethod
     def start(self) -> None:
-        """Begin to start what has to be started."""
+        """Begin to start it, where it is ours to start."""
 
     @abstractmethod
     def alive(self) -> bool:
-        """Whether they run, as far as can be told at once."""
-
-    @abstractmethod
-    def died(self) -> bool:
-        """Whether they are known to be gone; asks nobody."""
+        """False when it is known to be gone; nobody is asked."""
 
     @abstractmethod
     def close(self) -> None:
@@ -72,62 +71,68 @@ class Servers(ABC):
         """Raises EngineError when waiting has no use any more."""
 
     @abstractmethod
-    def _healthy(self, url: str) -> bool:
+    def _healthy(self) -> bool:
         """Whether the server answers that it is well."""
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Block until all of them answer; EngineError after timeout_s seconds."""
+        """Block until it answers; EngineError after timeout_s seconds."""
         deadline = time.monotonic() + timeout_s
         while True:
             self._check()
-            if all(self._healthy(url) for url in self.urls):
+            if self._healthy():
                 return
             if time.monotonic() > deadline:
                 raise self.error(
-                    f"{', '.join(self.urls)} did not answer its health check within {timeout_s:g} s "
-                    "(engine.start_timeout_s)"
+                    f"{self.url} did not answer its health check within {timeout_s:g} s (engine.start_timeout_s)"
+                    + (f": {self._silence}" if self._silence else "")
                 )
             time.sleep(0.1)
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Answer]:
-        """POST to every server; returns their answers by url."""
-        return {url: self.call("POST", url, path, body) for url in self.urls}
+    def post(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S) -> Answer:
+        """A POST; EngineError unless it is answered with HTTP 200 within timeout_s seconds."""
+        return self._require("POST", path, self.send("POST", path, body, timeout_s))
 
-    def call(self, method: str, url: str, path: str, body: dict[str, Any] | None = None) -> Answer:
-        """One request; EngineError unless it is answered with HTTP 200."""
-        answer = self.send(method, url, path, body)
-        if answer.status_code != 200:
-            raise self.error(f"{method} {url}{path} was refused with HTTP {answer.status_code}: {answer.text[:2000]}")
-        return answer
+    def get(self, path: str) -> Answer:
+        """A GET; EngineError unless it is answered with HTTP 200."""
+        return self._require("GET", path, self.send("GET", path))
 
-    def ask_for(self, url: str, path: str, field: str) -> Any:
+    def ask_for(self, path: str, field: str) -> Any:
         """A field of the JSON object that a GET is answered with."""
-        answer = self.call("GET", url, path)
+        answer = self.get(path)
         try:
             return answer.json()[field]
         except RUBBISH as error:
-            raise self.error(f"GET {url}{path} was answered without {field}, {shown(answer, error)}") from error
+            raise self.error(f"GET {self.url}{path} was answered without {field}, {shown(answer, error)}") from error
 
-    def send(self, method: str, url: str, path: str, body: dict[str, Any] | None) -> Answer:
-        """One request; EngineError when no answer comes."""
+    def send(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
+    ) -> Answer:
+        """One request, whatever is answered; EngineError when nothing is."""
         try:
-            return self._http.request(method, url + path, body, _CONTROL_TIMEOUT_S)
+            return self._http.request(method, self.url + path, body, timeout_s)
         except Unreachable as error:
-            raise self.error(f"{method} {url}{path} failed: {error}") from error
+            raise self.error(f"{method} {self.url}{path} failed: {error}") from error
 
-    def _health(self, url: str, path: str = "/health") -> Answer:
-        return self._http.request("GET", url + path, None, _HEALTH_TIMEOUT_S)
+    def _require(self, method: str, path: str, answer: Answer) -> Answer:
+        if answer.status_code != 200:
+            raise self.error(
+                f"{method} {self.url}{path} was refused with HTTP {answer.status_code}: {answer.text[:2000]}"
+            )
+        return answer
 
-    def _obeys_strangers(self, url: str, timeout_s: float = _HEALTH_TIMEOUT_S) -> str | None:
+    def _health(self, path: str = "/health") -> Answer:
+        return self._http.request("GET", self.url + path, None, _HEALTH_TIMEOUT_S)
+
+    def _obeys_strangers(self, timeout_s: float = _HEALTH_TIMEOUT_S) -> str | None:
         """What the server answered without the key, other than a refusal; raises Unreachable."""
         for path in self._kind.control_paths:
-            status = self._http.stranger(url + path, timeout_s)
+            status = self._http.stranger(self.url + path, timeout_s)
             if status not in (401, 403):
                 return f"POST {path} without a key was answered with HTTP {status}"
         return None
 
 
-class OwnServer(Servers):
+class OwnServer(Server):
     """One that this process starts and ends."""
 
     def __init__(self, kind: ServerKind, http: Http, process: ServerProcess, name: str) -> None:
@@ -137,8 +142,8 @@ class OwnServer(Servers):
         self._name = name
 
     @property
-    def urls(self) -> Sequence[str]:
-        return [self.process.url]
+    def url(self) -> str:
+        return self.process.url
 
     def start(self) -> None:
         self.process.start()
@@ -146,7 +151,7 @@ class OwnServer(Servers):
     def wait_ready(self, timeout_s: float) -> None:
         super().wait_ready(timeout_s)
         try:
-            obeyed = self._obeys_strangers(self.process.url, _STRANGER_TIMEOUT_S)
+            obeyed = self._obeys_strangers(_STRANGER_TIMEOUT_S)
         except Unreachable as error:
             raise self.error(f"the {self._kind.label} server was ready and then did not answer: {error}") from error
         if obeyed:
@@ -154,9 +159,6 @@ class OwnServer(Servers):
 
     def alive(self) -> bool:
         return self.process.alive()
-
-    def died(self) -> bool:
-        return not self.process.alive()
 
     def close(self) -> None:
         self.process.close()
@@ -167,73 +169,71 @@ class OwnServer(Servers):
     def _check(self) -> None:
         self.process.check()
 
-    def _healthy(self, url: str) -> bool:
+    def _healthy(self) -> bool:
         try:
-            health, served = self._health(url), self._health(url, "/v1/models")
+            health, served = self._health(), self._health("/v1/models")
             return {health.status_code, served.status_code} == {200} and served.json()["data"][0]["id"] == self._name
-        except Unreachable:
+        except Unreachable as error:
+            self._silence = str(error)
             return False
         except RUBBISH:
             return False  # no such server, but somebody else on the port
 
 
-class JoinedServers(Servers):
-    """Some that were started elsewhere; one that other machines may reach has to demand the key."""
+class JoinedServer(Server):
+    """One that was started elsewhere; if other machines may reach it, it has to demand the key."""
 
-    def __init__(self, kind: ServerKind, http: Http, urls: Sequence[str]) -> None:
-        """urls: as `checked_urls` returns them."""
+    def __init__(self, kind: ServerKind, http: Http, url: str) -> None:
+        """url: as `checked_urls` returns them."""
         super().__init__(kind, http)
-        self._urls = urls
-        self._guarded: set[str] = set()
+        self._url = url
+        self._guarded = on_loopback(url)
 
     @property
-    def urls(self) -> Sequence[str]:
-        return self._urls
+    def url(self) -> str:
+        return self._url
 
     def start(self) -> None:
-        for url in self._urls:
-            try:
-                self._require_guarded(url)
-            except Unreachable:
-                continue  # not up yet: asked again before it is used
+        try:
+            self._require_guarded()
+        except Unreachable:
+            return  # not up yet: asked again before it is used
 
     def alive(self) -> bool:
-        return all(self._healthy(url) for url in self._urls)
-
-    def died(self) -> bool:
-        return False
+        return True
 
     def close(self) -> None:
-        """They are not ours to end."""
+        """It is not ours to end."""
 
     def error(self, message: str) -> EngineError:
         return EngineError(message)
 
     def _check(self) -> None:
-        """Nothing is known of them but what they answer."""
+        """Nothing is known of it but what it answers."""
 
-    def _healthy(self, url: str) -> bool:
+    def _healthy(self) -> bool:
         try:
-            self._require_guarded(url)  # before the key is sent there
-            health = self._health(url)
-        except Unreachable:
+            self._require_guarded()  # before the key is sent there
+            health = self._health()
+            if health.status_code in (401, 403):
+                raise RecipeError(
+                    f"engine.urls: {self.url} refuses the key in {KEY_VARIABLE}: start it and this run with the same one"
+                )
+            return health.status_code == 200 and self._health(self._kind.core_path).status_code == 200
+        except Unreachable as error:
+            self._silence = str(error)
             return False
-        if health.status_code in (401, 403):
-            raise RecipeError(
-                f"engine.urls: {url} refuses the key in {KEY_VARIABLE}: start it and this run with the same one"
-            )
-        return health.status_code == 200
 
-    def _require_guarded(self, url: str) -> None:
+    def _require_guarded(self) -> None:
         """RecipeError when a server that other machines may reach obeys them."""
-        if url in self._guarded or on_loopback(url):
+        if self._guarded:
             return
-        if obeyed := self._obeys_strangers(url):
+        if obeyed := self._obeys_strangers():
             raise RecipeError(
-                f"engine.urls: {url} obeys strangers ({obeyed}): start it with `python -m {self._kind.module}` and the "
-                f"environment variable {KEY_VARIABLE}"
+                f"engine.urls: {self.url} obeys strangers ({obeyed}): start it with `python -m {self._kind.module}` and "
+                f"the environment variable {KEY_VARIABLE}"
             )
-        self._guarded.add(url)
+        self._guarded = True
 
 
 def shown(answer: Answer, error: Exception) -> str:

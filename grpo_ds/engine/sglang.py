@@ -1,4 +1,4 @@
-"""The SGLang engine: servers spoken to over HTTP. Does not import SGLang."""
+"""The SGLang engine: a server spoken to over HTTP. Does not import SGLang."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo_ds.engine.sglang_wire import generate_bodies, parse_response, server_a
 
 
 class SglangEngine(ServerEngine):
-    """Starts (or, with engine.urls, joins) SGLang servers; implements `GenerationEngine`.
+    """Starts (or, with settings.url, joins) an SGLang server; implements `ServerLike`.
 
     A joined server must have been started with `python -m grpo_ds.engine.sglang_serve`.
     """
@@ -25,15 +25,16 @@ class SglangEngine(ServerEngine):
         "SGLang",
         "grpo_ds.engine.sglang_serve",
         ("/update_weights_from_tensor", "/init_weights_update_group", "/set_internal_state"),
+        "/server_info",
     )
     generate_path = "/generate"
 
     def __init__(self, config: EngineConfig, settings: EngineSettings) -> None:
         """Raises RecipeError for an environment that was not made, and as `ServerEngine` does."""
-        python = "" if config.urls else config.python or own_python()
+        python = "" if settings.url else config.python or own_python()
         super().__init__(config, settings, python, server_args(config, settings), server_env(settings.device))
         self._max_model_len = settings.max_model_len
-        self._ranks: dict[str, int] = {}
+        self._ranks = 0
 
     def _generate_bodies(self, request: Request, spec: SamplingSpec) -> list[dict[str, Any]]:
         return generate_bodies(request, spec, self._max_model_len)
@@ -41,13 +42,13 @@ class SglangEngine(ServerEngine):
     def _parse(self, answer: Any, request: Request, spec: SamplingSpec) -> list[RawRollout]:
         return parse_response(answer, request, spec)
 
-    def _abort(self, url: str) -> None:
-        self._servers.call("POST", url, "/abort_request", {"abort_all": True})
+    def _abort(self, timeout_s: float) -> None:
+        self._server.post("/abort_request", {"abort_all": True}, timeout_s)
 
-    def _version_text(self, url: str) -> str:
+    def _version_text(self) -> str:
         # The web server answers the second route by itself; the first one is answered by the schedulers.
-        self._servers.call("GET", url, "/server_info")
-        return str(self._servers.ask_for(url, "/model_info", "weight_version"))
+        self._server.get(self.kind.core_path)
+        return str(self._server.ask_for("/model_info", "weight_version"))
 
     def _on_ready(self) -> None:
         """The version is on the command line."""
@@ -59,50 +60,47 @@ class SglangEngine(ServerEngine):
 
     def _pause(self) -> None:
         # Requests in flight go back to the queue; their keys and values are computed anew when they are resumed.
-        self._servers.post("/pause_generation", {"mode": "retract"})
+        self._server.post("/pause_generation", {"mode": "retract"})
 
     def begin_update(self, names: Sequence[str]) -> None:
-        for url in self._urls:
-            self._ranks[url] = int(self._servers.ask_for(url, "/server_info", "tp_size"))
-            answer = self._servers.send("POST", url, "/begin_weight_update", {})
-            if "already open" in answer.text:  # left by an update that failed
-                self._servers.call("POST", url, "/end_weight_update", {})
-                self._servers.call("POST", url, "/begin_weight_update", {})
-            elif answer.status_code != 200:
-                raise self._error(f"{url} did not open a weight update: HTTP {answer.status_code} {answer.text[:2000]}")
-        self._update({"step": "begin", "names": list(names)})
+        self._ranks = int(self._server.ask_for(self.kind.core_path, "tp_size"))
+        answer = self._server.send("POST", "/begin_weight_update", {})
+        if "already open" in answer.text:  # left by an update that failed
+            self._server.post("/end_weight_update", {})
+            self._server.post("/begin_weight_update", {})
+        elif answer.status_code != 200:
+            raise self._error(
+                f"{self.url} did not open a weight update: HTTP {answer.status_code} {answer.text[:2000]}"
+            )
+        self._tell({"step": "begin", "names": list(names)})
 
-    def _workers(self, url: str) -> int:
-        return self._ranks[url]
+    def _workers(self) -> int:
+        return self._ranks
 
-    def _load(self, url: str, bucket: dict[str, Any]) -> None:
-        self._tell(url, {"step": "bucket", "bucket": bucket})
+    def _load(self, bucket: dict[str, Any]) -> None:
+        self._tell({"step": "bucket", "bucket": bucket})
 
     def finish_update(self, version: int) -> None:
         # In this order: while a tensor is missing the update stays open and the version is the old one.
-        self._update({"step": "finish"}, version)
-        self._servers.post("/end_weight_update", {})
+        self._tell({"step": "finish"}, version)
+        self._server.post("/end_weight_update", {})
 
-    def _update(self, message: dict[str, Any], version: int | None = None) -> None:
-        for url in self._urls:
-            self._tell(url, message, version)
-
-    def _tell(self, url: str, message: dict[str, Any], version: int | None = None) -> None:
-        self._servers.call("POST", url, "/update_weights_from_tensor", update_body(message, self._ranks[url], version))
+    def _tell(self, message: dict[str, Any], version: int | None = None) -> None:
+        self._server.post("/update_weights_from_tensor", update_body(message, self._ranks, version))
 
     def flush_cache(self) -> None:
-        self._servers.post("/flush_cache")
+        self._server.post("/flush_cache")
 
     def _resume(self) -> None:
-        self._servers.post("/continue_generation", {})
+        self._server.post("/continue_generation", {})
 
     # ---- memory ----
 
     def _sleep(self) -> None:
-        self._servers.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+        self._server.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
 
     def _wake(self, tag: str) -> None:
-        self._servers.post("/resume_memory_occupation", {"tags": [tag]})
+        self._server.post("/resume_memory_occupation", {"tags": [tag]})
 
 
 def own_python() -> str:

@@ -33,10 +33,10 @@ _RESERVED = (
     "context_length",
     "enable_deterministic_inference",
     "rl_on_policy_target",
-    "preferred_sampling_params",
+    *("preferred_sampling_params", "watermark*", "enable_watermark", "enable_strict_thinking", "forward_hooks"),
+    *("speculative*", "decoupled_spec*", "dllm*"),  # other ways to draw tokens than the seeded sampler
     *NEEDED,
 )
-
 
 _OFF = {"min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
 """Said in each request: a server of engine.urls may have been started with other preferred_sampling_params."""

@@ -1,4 +1,4 @@
-"""The vLLM engine: servers spoken to over HTTP. Imports neither vLLM nor torch."""
+"""The vLLM engine: a server spoken to over HTTP. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from grpo_ds.engine.vllm_wire import generate_body, parse_response, server_args
 
 
 class VllmEngine(ServerEngine):
-    """Starts (or, with engine.urls, joins) vLLM servers; implements `GenerationEngine`."""
+    """Starts (or, with settings.url, joins) a vLLM server; implements `ServerLike`."""
 
-    kind = ServerKind("vLLM", "grpo_ds.engine.serve", ("/update_weights", "/collective_rpc"))
+    kind = ServerKind("vLLM", "grpo_ds.engine.serve", ("/update_weights", "/collective_rpc"), "/weight_info")
     generate_path = "/inference/v1/generate"
 
     def __init__(self, config: EngineConfig, settings: EngineSettings) -> None:
@@ -31,16 +31,15 @@ class VllmEngine(ServerEngine):
     def _parse(self, answer: Any, request: Request, spec: SamplingSpec) -> list[RawRollout]:
         return parse_response(answer, request, spec)
 
-    def _abort(self, url: str) -> None:
-        self._servers.call("POST", url, "/abort_requests", {})
+    def _abort(self, timeout_s: float) -> None:
+        self._server.post("/abort_requests", {}, timeout_s)
 
-    def _version_text(self, url: str) -> str:
-        # Answered by the process that runs the scheduler and the model.
-        return str(self._servers.ask_for(url, "/weight_info", "weight_version"))
+    def _version_text(self) -> str:
+        return str(self._server.ask_for(self.kind.core_path, "weight_version"))
 
     def _on_ready(self) -> None:
         # vLLM calls the weights it loaded itself "default"; they are the run's policy version 0.
-        self._servers.post("/update_weight_version", {"new_version": "0"})
+        self._server.post("/update_weight_version", {"new_version": "0"})
 
     def _noise(self, line: str) -> bool:
         return "] Route: " in line
@@ -48,38 +47,38 @@ class VllmEngine(ServerEngine):
     # ---- weight updates ----
 
     def _pause(self) -> None:
-        self._servers.post("/pause?mode=keep")
+        self._server.post("/pause?mode=keep")
 
     def begin_update(self, names: Sequence[str]) -> None:
-        self._servers.post("/collective_rpc", {"method": "abandon_weight_update"})
-        self._servers.post("/init_weight_transfer_engine", {"init_info": {"names": list(names)}})
-        self._servers.post("/start_weight_update")
+        self._server.post("/collective_rpc", {"method": "abandon_weight_update"})
+        self._server.post("/init_weight_transfer_engine", {"init_info": {"names": list(names)}})
+        self._server.post("/start_weight_update")
 
-    def _workers(self, url: str) -> int:
-        return int(self._servers.ask_for(url, "/get_world_size", "world_size"))
+    def _workers(self) -> int:
+        return int(self._server.ask_for("/get_world_size", "world_size"))
 
-    def _load(self, url: str, bucket: dict[str, Any]) -> None:
-        self._servers.call("POST", url, "/update_weights", {"update_info": bucket})
+    def _load(self, bucket: dict[str, Any]) -> None:
+        self._server.post("/update_weights", {"update_info": bucket})
 
     def finish_update(self, version: int) -> None:
-        self._servers.post("/finish_weight_update", {"weight_version": str(version)})
+        self._server.post("/finish_weight_update", {"weight_version": str(version)})
 
     def flush_cache(self) -> None:
-        for url, answer in self._servers.post("/reset_prefix_cache?reset_running_requests=true").items():
-            if answer.json().get("success") is not True:
-                raise self._error(f"{url} could not forget its key/value cache: {answer.text[:2000]}")
+        answer = self._server.post("/reset_prefix_cache?reset_running_requests=true")
+        if answer.json().get("success") is not True:
+            raise self._error(f"{self.url} could not forget its key/value cache: {answer.text[:2000]}")
 
     def _resume(self) -> None:
-        self._servers.post("/resume")
+        self._server.post("/resume")
 
     # ---- memory ----
 
     def _sleep(self) -> None:
         # Level 2 drops the weights: what generates next are the ones of the publication that must come before.
-        self._servers.post("/sleep?level=2&mode=wait")
+        self._server.post("/sleep?level=2&mode=wait")
 
     def _wake(self, tag: str) -> None:
-        self._servers.post(f"/wake_up?tags={tag}")
+        self._server.post(f"/wake_up?tags={tag}")
 
 
 def server_environment(device: str) -> dict[str, str]:

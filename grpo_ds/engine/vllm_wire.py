@@ -16,8 +16,20 @@ NEEDED: dict[str, Any] = {
     "weight_transfer_config": {"backend": "grpo_ds"},
 }
 """Options that `grpo_ds.engine.serve` gives to every server, because updates and log-probabilities depend on them."""
-_SAMPLING = ("override_generation_config", "logits_processors")
-"""They would change what is sampled behind the recipe's back."""
+_SAMPLING = (
+    *(
+        "override_generation_config",
+        "logits_processors",
+        "watermark*",
+        "reasoning_config",
+        "scheduler_cls",
+        "worker_cls",
+    ),
+    *("speculative*", "spec_method", "spec_model", "spec_tokens"),
+)
+"""They would change what is sampled behind the recipe's back; a draft model would also miss the weight updates."""
+_OFF = {"min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+"""Said in each request: a server of engine.urls may have been started with other defaults."""
 _RESERVED = ("model", "served_model_name", "host", "middleware", *_SAMPLING, *NEEDED)
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
@@ -70,6 +82,7 @@ def generate_body(request: Request, spec: SamplingSpec) -> dict[str, Any]:
             "stop_token_ids": list(spec.stop_token_ids),
             "logprobs": 0,  # the sampled token's only
             "detokenize": False,
+            **_OFF,
         },
     }
 

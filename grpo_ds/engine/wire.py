@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
@@ -10,14 +11,37 @@ from grpo_ds.config import RecipeError
 from grpo_ds.engine.base import EngineError, RawRollout, parse_version
 from grpo_ds.types import FinishReason, VersionSpan
 
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_FILES = ("config",)
+"""Options that bring others, from a file that nobody has checked."""
+
 
 def user_options(user: dict[str, Any], reserved: Iterable[str]) -> dict[str, Any]:
-    """`engine.args` with underscores in the names; raises RecipeError for an option of `reserved`."""
-    user = {key.replace("-", "_"): value for key, value in user.items()}
-    for key in reserved:
-        if key in user:
-            raise RecipeError(f"engine.args.{key} is set by grpo_ds, which depends on its value: remove it")
-    return user
+    """`engine.args` with underscores in the names.
+
+    Raises RecipeError for an option of `reserved` (a name that ends with * stands for all that begin so), for the
+    beginning of one, which the engines take for the whole, and for what is no plain option and could hide one.
+    """
+    for key, value in user.items():
+        if not _NAME.fullmatch(key):
+            raise RecipeError(
+                f"engine.args contains {key!r}: give an option's name without dots and leading dashes, and a mapping for "
+                "an option that has parts"
+            )
+        if any(str(word).startswith("--") for word in (value if isinstance(value, list) else [value])):
+            raise RecipeError(f"engine.args.{key} has a value that begins with --: it would be taken for an option")
+    given = {key.replace("-", "_"): key for key in user}
+    for option, key in given.items():
+        for name in (*reserved, *_FILES):
+            family = name.endswith("*") and option.removeprefix("no_").startswith(name[:-1])
+            if family or name == option.removeprefix("no_"):
+                raise RecipeError(f"engine.args.{key} is set by grpo_ds, which depends on its value: remove it")
+            if name.startswith(option):
+                raise RecipeError(
+                    f"engine.args.{key} is the beginning of {name.removesuffix('*')}, which is set by grpo_ds: write the "
+                    "option that is meant in full"
+                )
+    return {option: user[key] for option, key in given.items()}
 
 
 def command_line(ours: dict[str, Any], user: dict[str, Any], switch: Callable[[str, bool], list[str]]) -> list[str]:

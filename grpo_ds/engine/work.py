@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from typing import get_args
 
@@ -24,10 +24,8 @@ class WorkQueue:
         self._waiting = deque(self._requests)
         self._takers: dict[str, Hashable] = {}
         self._answers: dict[str, list[RawRollout]] = {}
-        self.takers: set[Hashable] = set()
-        """Who was set to work on it."""
+        self._held: Counter[Hashable] = Counter()
         self.aborted = False
-        self.closed = False
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -38,13 +36,19 @@ class WorkQueue:
             return None
         name = self._waiting.popleft()
         self._takers[name] = taker
+        self._held[taker] += 1
         return self._requests[name]
+
+    def held(self, taker: Hashable) -> int:
+        """Requests that the taker has and has not answered."""
+        return self._held[taker]
 
     def answer(self, taker: Hashable, request: Request, rollouts: list[RawRollout]) -> bool:
         """Keeps an answer; False, and nothing is kept, when the request was taken from the taker in the meantime."""
         if self._takers.get(request.request_id) != taker:
             return False
         del self._takers[request.request_id]
+        self._held[taker] -= 1
         self._keep(request.request_id, rollouts)
         return True
 
@@ -54,6 +58,7 @@ class WorkQueue:
         for name in reversed(names):
             del self._takers[name]
             self._waiting.appendleft(name)
+        del self._held[taker]
         if self.aborted:
             self.abort()
             return 0

@@ -1,8 +1,10 @@
 """Random faults in a real run: python tests/benchmarks/faults.py [--rounds 30] [--faults 20] [--seed 0]
 
-One rank, two vLLM servers. At random moments a server is killed (SIGKILL) or stopped (SIGSTOP): its API process or the
-process that runs the model. Prints each fault with its time, then checks that the run finished, that every prompt that
-was drawn is answered once and trained, dropped or left over once, and that every token has its round's policy version.
+One rank, two vLLM servers. At random moments the API process of a server or the process that runs its model is killed
+(SIGKILL) or stopped (SIGSTOP), or the latter gets no memory any more (RLIMIT_AS at what it has). A server that still
+starts is only killed. Prints each fault with its time, then checks that the run finished and met every fault, that every
+prompt that was drawn is answered once and trained, dropped or left over once, and that every token has its round's policy
+version.
 """
 
 from __future__ import annotations
@@ -17,45 +19,75 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from grpo_ds.engine.base import KEY_VARIABLE  # noqa: E402
 from tests.e2e.harness import Launched, read_jsonl, wait_for, write_project  # noqa: E402
 from tests.engine.test_replicas import OPTIONS, guard_command  # noqa: E402
 
 N = int(str(OPTIONS["rollout.n"]))
 START_S = 240
 """engine.start_timeout_s: a server that is stopped while it starts is given up only then."""
+LONGER = {"rollout.max_response_tokens": 96, "rollout.prompts_per_batch": 32, "train.prompts_per_round": 24}
+"""Rounds that last a while, because a server needs much longer to come back than a round of so small a model."""
 QUIET_S = 3 * START_S
 """Seconds without a round and without a fault after which the run counts as stuck."""
 
 
-def families(run: Launched) -> list[list[psutil.Process]]:
-    """The processes of each server that was not broken by an earlier fault, API process first."""
-    guards = [process for process in run.alive() if guard_command(process)]
-    found = [guard.children(recursive=True) for guard in guards]
-    return [family for family in found if family and all(p.status() != psutil.STATUS_STOPPED for p in family)]
+def starve(process: psutil.Process) -> None:
+    """Lets the process have no more memory than it has."""
+    _, hard = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, hard))
 
 
-def break_one(run: Launched, rng: random.Random) -> str:
-    """Breaks one process of one server; says which, or an empty string where none is up."""
-    up = families(run)
+FAULTS = {"kill": psutil.Process.kill, "suspend": psutil.Process.suspend, "starve": starve}
+
+
+def break_one(run: Launched, rng: random.Random, broken: set[psutil.Process]) -> str:
+    """Breaks one process of one server that was not broken before; says which, or an empty string where none is up.
+
+    broken: guards of the servers that were.
+    """
+    guards = [process for process in run.alive() if guard_command(process) and process not in broken]
+    up = [guard for guard in sorted(guards, key=lambda guard: guard.pid) if guard.children()]
     if not up:
         return ""
-    family = rng.choice(up)
-    victim = family[0] if rng.random() < 0.5 else rng.choice(family[1:] or family)
-    how = rng.choice(["kill", "suspend"])
-    said = f"{how} of process {victim.pid} ({' '.join(victim.cmdline())[:60]})"
-    getattr(victim, how)()
+    ready = [guard for guard in up if is_ready(guard.children()[0])]
+    guard = rng.choice(ready if ready and rng.random() < 0.8 else up)
+    api, *others = guard.children(recursive=True)
+    # The third one, its resource tracker, is no part of the server that anybody would miss.
+    core = [process for process in others if "EngineCore" in " ".join([process.name(), *process.cmdline()])]
+    how = rng.choice(sorted(FAULTS)) if guard in ready else "kill"
+    # The API process needs no new memory for what it does each round.
+    victim = core[0] if how == "starve" else rng.choice([api, *core[:1]])
+    said = (
+        f"{how} {'API' if victim == api else 'model'} process {victim.pid}{'' if guard in ready else ', which starts'}"
+    )
+    FAULTS[how](victim)
+    broken.add(guard)
     return said
+
+
+def is_ready(api: psutil.Process) -> bool:
+    """Whether the server answers its health check."""
+    words = api.cmdline()
+    key = {"Authorization": f"Bearer {api.environ()[KEY_VARIABLE]}"}
+    try:
+        url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/health"
+        return httpx.get(url, headers=key, timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
     """Breaks servers until `faults` faults were made or the run ended; returns how many were."""
     begin, done = time.monotonic(), 0
     progress, moved = (0, 0), begin
+    broken: set[psutil.Process] = set()
     while run.process.poll() is None and done < faults:
         if progress != (done, run.rounds()):
             progress, moved = (done, run.rounds()), time.monotonic()
@@ -67,7 +99,7 @@ def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
             continue
         time.sleep(rng.uniform(0, 1.5))
         try:
-            said = break_one(run, rng)
+            said = break_one(run, rng, broken)
         except psutil.NoSuchProcess:
             continue  # it ended in the meantime
         if said:
@@ -78,8 +110,8 @@ def inject(run: Launched, rng: random.Random, faults: int, rounds: int) -> int:
     return done
 
 
-def judge(folder: Path, rounds: int) -> list[str]:
-    """What is wrong with the finished run; empty when nothing is."""
+def judge(folder: Path, rounds: int, faults: int, met: int) -> list[str]:
+    """What is wrong with the finished run; empty when nothing is. met: failures that the run spoke of."""
     metrics = read_jsonl(folder / "metrics.jsonl")
     rows: list[dict[str, Any]] = []
     for path in sorted((folder / "rollouts").glob("*.jsonl")):
@@ -90,6 +122,8 @@ def judge(folder: Path, rounds: int) -> list[str]:
     fates = len(read_jsonl(end / "carried-0.jsonl"))
     fates += sum(row["kept_groups"] + row["dropped_groups"] for row in metrics)
     wrong = []
+    if met < faults:
+        wrong.append(f"{faults} faults, and the run met only {met}")
     if [row["round"] for row in metrics] != list(range(rounds)):
         wrong.append(f"rounds: {[row['round'] for row in metrics]}")
     if set(seen) != {(prompt, k) for prompt in range(state["cursor"]) for k in range(N)} or set(seen.values()) != {1}:
@@ -112,7 +146,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     options = OPTIONS | {"train.rounds": args.rounds, "engine.max_restarts": 3 * args.faults}
-    options["engine.start_timeout_s"] = START_S
+    options |= {"engine.start_timeout_s": START_S, **LONGER}
     with tempfile.TemporaryDirectory() as folder:
         words = [str(w) for key, value in options.items() for w in (f"--{key}", value)]
         begin = time.monotonic()
@@ -120,9 +154,10 @@ def main() -> int:
             made = inject(run, random.Random(args.seed), args.faults, args.rounds)
             wait_for(lambda: f"the run's end:\n{run.screen[-3000:]}", lambda: run.process.poll() is not None, QUIET_S)
             code = run.ends(60)
-            print("\n".join(line for line in run.screen.splitlines() if "engine replica" in line))
+            noticed = [line for line in run.screen.splitlines() if "engine replica" in line]
+            print("\n".join(noticed))
             print(f"{made} faults, exit code {code}, {time.monotonic() - begin:.0f} s")
-            wrong = judge(run.folder, args.rounds) if code == 0 else [run.screen[-3000:]]
+            wrong = judge(run.folder, args.rounds, made, len(noticed)) if code == 0 else [run.screen[-3000:]]
     if made < args.faults:
         wrong.append(f"the run ended after {made} of {args.faults} faults")
     good = "the run finished, nothing was lost, nothing came twice, every token has its version"

@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from grpo_ds.config import EngineConfig  # noqa: E402
-from grpo_ds.engine.base import EngineSettings, Request, SamplingSpec  # noqa: E402
-from grpo_ds.engine.vllm import VllmEngine, server_environment  # noqa: E402
+from grpo_ds.engine import make_engine  # noqa: E402
+from grpo_ds.engine.base import EngineSettings, GenerationEngine, Request, SamplingSpec  # noqa: E402
+from grpo_ds.engine.vllm import server_environment  # noqa: E402
 from grpo_ds.engine.vllm_wire import generate_body, server_args  # noqa: E402
 
 GOAL = 0.95
@@ -141,7 +142,7 @@ class Bare:
 # ---- both ----
 
 
-def ours(engine: VllmEngine, index: int, options: argparse.Namespace) -> tuple[int, float, str]:
+def ours(engine: GenerationEngine, index: int, options: argparse.Namespace) -> tuple[int, float, str]:
     """One turn through the engine layer."""
     requests, spec = turn(index, options)
     start = time.perf_counter()
@@ -157,7 +158,15 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     config = EngineConfig(kind="vllm", start_timeout_s=400, args=BATCHING)
     length = options.prompt_tokens + options.max_tokens
     settings = EngineSettings(str(folder / "model"), "float32", length, folder, "cpu", 0)
-    engine = VllmEngine(config, settings)
+    engine = make_engine(
+        config,
+        model_path=settings.model_path,
+        dtype=settings.dtype,
+        max_model_len=length,
+        log_dir=folder,
+        device="cpu",
+        seed=0,
+    )
     other = Bare(options, server_args(config, settings), folder)
     try:
         engine.start()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from grpo_ds.config import EngineConfig
-from grpo_ds.engine import make_engine
-from grpo_ds.engine.base import GenerationEngine, RawRollout, Request
+from grpo_ds.engine import make_engine, make_server
+from grpo_ds.engine.base import EngineSettings, GenerationEngine, RawRollout, Request
 from tests.models import WORDS, save_model, tiny_qwen3
 
 MAX_MODEL_LEN = 256
@@ -47,6 +47,7 @@ class Bench:
 
 
 def new_engine(kind: str, model_path: str, folder: Path, **config: Any) -> GenerationEngine:
+    """What a run gets: the pool of its servers, or hf."""
     return make_engine(
         EngineConfig(kind=kind, start_timeout_s=600, **config),
         model_path=model_path,
@@ -58,10 +59,17 @@ def new_engine(kind: str, model_path: str, folder: Path, **config: Any) -> Gener
     )
 
 
+def new_server(kind: str, model_path: str, folder: Path, url: str | None = None, **config: Any) -> Any:
+    """A server without a pool around it, so that a test sees its failures and goes on with it."""
+    settings = EngineSettings(model_path, "float32", MAX_MODEL_LEN, folder, "cpu", 0, url=url)
+    return make_server(EngineConfig(kind=kind, start_timeout_s=600, **config), settings)
+
+
 def start_bench(kind: str, tied: bool, folder: Path) -> Bench:
     """The engine is started but perhaps not ready."""
     model = make_model(tied)
-    engine = new_engine(kind, save_model(model, folder / "model"), folder)
+    path = save_model(model, folder / "model")
+    engine = new_engine(kind, path, folder) if kind == "hf" else new_server(kind, path, folder)
     engine.start()
     return Bench(engine, model)
 

@@ -39,7 +39,7 @@ def served(request: pytest.FixtureRequest) -> Bench:
 def computing(engine: Any) -> psutil.Process:
     """The process that runs the scheduler and the model; the web server is another one."""
     titles = ("sglang::schedul", "VLLM::EngineCor")  # the kernel cuts names to 15 characters
-    family = descendants(engine._servers.process.pid)
+    family = descendants(engine._server.process.pid)
     (found,) = [p for p in family if p.name()[:15].startswith(titles) or "VLLM::EngineCore" in command_of(p)]
     return found
 

@@ -15,6 +15,7 @@ from grpo_ds.collect import Collection, Collector
 from grpo_ds.config import (
     AlgorithmConfig,
     DataConfig,
+    EngineConfig,
     FilterGroupsConfig,
     ModelConfig,
     Recipe,
@@ -23,6 +24,7 @@ from grpo_ds.config import (
     SyncConfig,
     TrainConfig,
 )
+from grpo_ds.engine.pool import EnginePool
 from grpo_ds.evaluate import EngineSampler
 from grpo_ds.filters import get_filter
 from grpo_ds.inflight import Foreground, InFlight
@@ -45,7 +47,12 @@ def sender() -> Iterator[Sender]:
 @pytest.fixture(params=["vllm_tied", pytest.param("sglang_tied", marks=SGLANG)])
 def server(request: pytest.FixtureRequest) -> Bench:
     found: Bench = request.getfixturevalue(request.param)
-    return found
+    shared: Any = found.engine
+    pool = EnginePool(
+        lambda replica: shared, EngineConfig()
+    )  # as a run has it; never closed, the server is the session's
+    pool.wait_ready()
+    return Bench(pool, found.model)
 
 
 class Prompts:

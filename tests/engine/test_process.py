@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -17,9 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
-from grpo_ds.config import RecipeError
-from grpo_ds.engine.base import EngineError, SamplingSpec
-from tests.engine.bench import make_model, new_engine, requests
+from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.engine.base import EngineDown, EngineError, SamplingSpec
+from grpo_ds.engine.pool import EnginePool
+from grpo_ds.engine.process import ServerProcess
+from tests.engine.bench import Bench, assert_logprobs_match, make_model, new_engine, new_server, requests
+from tests.engine.test_update import Sender, publish
 from tests.models import save_model
 
 # A server with a child that ignores SIGTERM and a child in a session of its own.
@@ -45,8 +49,8 @@ time.sleep(600)
 TRAINER = """
 import sys, time
 from pathlib import Path
-from tests.engine.bench import new_engine
-engine = new_engine("vllm", sys.argv[1], Path(sys.argv[2]))
+from tests.engine.bench import new_server
+engine = new_server("vllm", sys.argv[1], Path(sys.argv[2]))
 engine.start()
 time.sleep(600)
 """
@@ -138,7 +142,7 @@ def command_of(process: psutil.Process) -> str:
 
 @pytest.fixture(scope="module")
 def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    engines: list[Any] = [new_engine("vllm", model_path, tmp_path_factory.mktemp("vllm")) for _ in range(2)]
+    engines: list[Any] = [new_server("vllm", model_path, tmp_path_factory.mktemp("vllm")) for _ in range(2)]
     for engine in engines:
         engine.start()
     yield engines
@@ -146,10 +150,17 @@ def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> It
         engine.close()
 
 
-def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothing(two_engines: list[Any]) -> None:
-    engine = two_engines[0]
-    engine.wait_ready()
-    guard, scratch = engine._servers.process.pid, engine._servers.process._scratch
+def test_a_server_killed_while_it_generates_costs_its_unanswered_requests_a_second_try(
+    two_engines: list[Any],
+) -> None:
+    """The second server, started beside it, takes its place with the weights of the next publication."""
+    engine, spares = two_engines[0], iter(two_engines)
+    config = EngineConfig(max_restarts=1, start_timeout_s=600)
+    pool: Any = EnginePool(lambda replica: next(spares), config)
+    bench, sender, asked = Bench(pool, make_model(tied=True)), Sender(2**20), requests(64)
+    pool.start()
+    pool.wait_ready()
+    guard, scratch = engine._server.process.pid, engine._server.process._scratch
     family = descendants(guard)
     sockets = {connection.laddr for process in family for connection in process.net_connections("unix")} - {""}
     assert sockets and all(str(path).startswith(f"{scratch}/") for path in sockets), sockets
@@ -163,19 +174,30 @@ def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothin
 
     timer = threading.Timer(1.0, kill)
     timer.start()
-    with pytest.raises(EngineError, match=r"(?s)p\d+.*vllm_server\.log|server died.*vllm_server\.log"):
-        engine.generate(requests(64), SamplingSpec(n=16, max_tokens=200))
+    with pytest.raises(EngineDown) as down:
+        pool.generate(asked, SamplingSpec(n=16, max_tokens=200))
     assert time.monotonic() - killed_at[0] < 2
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     wait_for("the engine counted as dead", lambda: not engine.alive(), 2)
-    assert not scratch.exists(), "what a killed server leaves is removed with its folder"
+    wait_for("the end of its folder, with what a killed server leaves", lambda: not scratch.exists(), 20)
+    publish(bench, sender, 7)  # waits for the second server
+    os.close(sender.fd)
+    rest = [request for request in asked if request.request_id not in down.value.finished]
+    answers = pool.generate(rest, SamplingSpec(n=2, max_tokens=20))
+    assert {span.version for row in answers for rollout in row for span in rollout.spans} == {7}
+    for request, row in zip(rest, answers, strict=True):
+        assert_logprobs_match(bench, request, row[1], 1.0)
+    assert pool.take_counts() == {"quarantined": 1, "restarts": 1, "redone_requests": len(rest)}
 
 
 def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
     engine = two_engines[1]
-    wait_for("vLLM's engine process", lambda: engine_core_runs(engine._servers.process.pid), 200)
-    family, scratch = descendants(engine._servers.process.pid), engine._servers.process._scratch
-    os.kill(engine._servers.process.pid, signal.SIGKILL)
+    wait_for("vLLM's engine process", lambda: engine_core_runs(engine._server.process.pid), 200)
+    family, scratch = descendants(engine._server.process.pid), engine._server.process._scratch
+    timer = threading.Timer(0.5, os.kill, (engine._server.process.pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(EngineError, match=r"(?s)p\d+.*vllm_server\.log|server died.*vllm_server\.log"):
+        engine.generate(requests(64), SamplingSpec(n=16, max_tokens=200))
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     engine.close()
     assert not scratch.exists()
@@ -197,8 +219,31 @@ def test_nothing_survives_a_killed_trainer(model_path: str, tmp_path: Path) -> N
     temporary.rmdir()
 
 
+class Immortal:
+    """A guard that SIGKILL does not end."""
+
+    def __init__(self) -> None:
+        self.pid, self.stdin, self.killed = 7, io.BytesIO(), False
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self, timeout: float) -> int:
+        raise subprocess.TimeoutExpired("guard", timeout)
+
+
+def test_a_guard_that_does_not_end_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
+    process: Any = ServerProcess("vLLM", lambda port: [], {}, tmp_path / "log", None, lambda line: False)
+    guard = process._guard = Immortal()
+    with pytest.raises(
+        EngineError, match=r"process 7, the guard of the vLLM server, did not end within 15 s of SIGKILL"
+    ):
+        process.close()
+    assert guard.killed and guard.stdin.closed
+
+
 def test_vllms_own_complaint_about_an_option_reaches_the_user(model_path: str, tmp_path: Path) -> None:
-    engine = new_engine("vllm", model_path, tmp_path, args={"no_such_option": 3})
+    engine = new_server("vllm", model_path, tmp_path, args={"no_such_option": 3})
     engine.start()
     try:
         with pytest.raises(EngineError, match=r"(?s)exit code 2.*--no-such-option"):
@@ -231,11 +276,10 @@ def test_a_folder_for_temporary_files_without_room_for_sockets_is_refused(
 
 
 def test_a_server_that_never_answers_is_given_up_with_its_address(tmp_path: Path) -> None:
-    engine = new_engine("vllm", "m", tmp_path, urls=["http://127.0.0.1:9"])
+    engine = new_server("vllm", "m", tmp_path, "http://127.0.0.1:9")
     engine.start()
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9 did not answer its health check within 0.3 s"):
         engine.wait_ready(timeout_s=0.3)
-    assert not engine.alive()
 
 
 def test_an_unknown_kind_names_those_that_exist(tmp_path: Path) -> None:

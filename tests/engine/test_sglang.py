@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from grpo_ds.engine.base import EngineError, Request, SamplingSpec
-from tests.engine.bench import Bench, assert_logprobs_match, make_model, new_engine, prompt, requests
+from tests.engine.bench import Bench, assert_logprobs_match, make_model, new_engine, new_server, prompt, requests
 from tests.engine.test_flight import computing
 from tests.engine.test_process import descendants, gone, wait_for
 from tests.engine.test_update import Sender, publish
@@ -32,7 +32,7 @@ def packer() -> Iterator[Sender]:
 
 def raw(bench: Bench, path: str, body: dict[str, Any]) -> Any:
     engine: Any = bench.engine
-    return engine._servers.call("POST", engine._urls[0], path, body).json()
+    return engine._server.post(path, body).json()
 
 
 def test_the_responses_of_a_prompt_share_its_keys_and_values(sglang_tied: Bench) -> None:
@@ -80,10 +80,10 @@ def test_an_update_without_a_parameter_of_the_model_is_refused_by_its_name(sglan
 
 
 def test_nothing_survives_a_killed_guard(tmp_path: Path) -> None:
-    engine: Any = new_engine("sglang", save_model(make_model(tied=True), tmp_path / "model"), tmp_path)
+    engine: Any = new_server("sglang", save_model(make_model(tied=True), tmp_path / "model"), tmp_path)
     engine.start()
     try:
-        guard = psutil.Process(engine._servers.process.pid)
+        guard = psutil.Process(engine._server.process.pid)
         wait_for("SGLang's own processes", lambda: len(descendants(guard.pid)) >= 3, 600)
         time.sleep(2)  # until they have run the first lines of the launcher
         family = descendants(guard.pid)

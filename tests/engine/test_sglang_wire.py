@@ -49,7 +49,7 @@ def test_engine_args_override_our_choices_under_sglangs_names() -> None:
 
 @pytest.mark.parametrize("name", ["custom-weight-loader", "sampling_backend", "context_length", "api_key"])
 def test_options_that_we_depend_on_are_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"engine.args.\w+ is set by grpo_ds.* remove it"):
+    with pytest.raises(RecipeError, match=r"engine.args.[\w-]+ is set by grpo_ds.* remove it"):
         arguments({name: "x"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from grpo_ds.config import EngineConfig, RecipeError
+from grpo_ds.engine import sglang_wire
 from grpo_ds.engine.base import EngineError, EngineSettings, Request, SamplingSpec, stream_seed
 from grpo_ds.engine.hf import processed_logprobs
 from grpo_ds.engine.vllm_wire import generate_body, parse_response, server_args
@@ -55,8 +57,62 @@ def test_null_removes_one_of_our_choices_and_a_table_becomes_json() -> None:
 
 
 def test_options_that_updates_depend_on_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"engine.args.logprobs_mode .* remove it"):
+    with pytest.raises(RecipeError, match=r"engine.args.logprobs-mode .* remove it"):
         arguments({"logprobs-mode": "raw_logprobs"})
+
+
+WIRES: dict[str, Callable[[EngineConfig, EngineSettings], list[str]]] = {
+    "vllm": server_args,
+    "sglang": sglang_wire.server_args,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        *(("vllm", name) for name in ("logits_proc", "logits-processor", "override_gen", "hos", "mod", "watermark")),
+        *(("vllm", name) for name in ("speculative_config", "spec_method", "speculative-config", "watermark_config")),
+        *(("vllm", name) for name in ("no-enable-scale-out", "enable-scale", "no_watermark")),
+        *(
+            ("sglang", name)
+            for name in ("preferred_sampling", "model", "enable_det", "speculative-algorithm", "dllm-fdfo")
+        ),
+        *((kind, name) for kind in ("vllm", "sglang") for name in ("config", "conf")),
+    ],
+)
+def test_an_option_that_is_set_by_us_is_refused_under_every_name_that_argparse_takes(kind: str, option: str) -> None:
+    settings = EngineSettings("m", "float32", 64, Path("logs"), "cpu", 0)
+    with pytest.raises(
+        RecipeError, match=rf"engine.args.{option} is (set by grpo_ds|the beginning of \w+, which is set)"
+    ):
+        WIRES[kind](EngineConfig(args={option: "x"}), settings)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    "key", ["override_generation_config.min_p", "--seed", "-O", "seed=1", "a b", "", "compilation-config.level"]
+)
+def test_what_is_no_plain_option_is_refused(kind: str, key: str) -> None:
+    settings = EngineSettings("m", "float32", 64, Path("logs"), "cpu", 0)
+    with pytest.raises(RecipeError, match=rf"engine.args contains '{key}': give an option's name without dots"):
+        WIRES[kind](EngineConfig(args={key: 1}), settings)
+
+
+@pytest.mark.parametrize("value", ["--model", ["a", "--logits-processors=x"]])
+def test_a_value_that_would_be_taken_for_an_option_is_refused(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"engine.args.lora_modules has a value that begins with --"):
+        arguments({"lora_modules": value})
+
+
+def test_options_that_only_resemble_ours_are_handed_on() -> None:
+    words = arguments({"specialize_active_lora": True, "max_logprobs": 5, "tokenizer": "t"})
+    assert "--specialize-active-lora" in words and value_of(words, "--tokenizer") == "t"
+
+
+def test_every_request_says_that_min_p_and_penalties_are_off() -> None:
+    sampling = generate_body(REQUEST, SPEC)["sampling_params"]
+    names = ("min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+    assert [sampling[name] for name in names] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_the_server_can_sleep_only_where_there_is_memory_to_give_back() -> None:

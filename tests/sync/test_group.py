@@ -14,7 +14,7 @@ from grpo_ds.config import SyncConfig
 from grpo_ds.dist import Ranks
 from grpo_ds.sync.group import GroupCarrier
 from grpo_ds.sync.publish import SyncError, WeightPublisher
-from tests.engine.bench import Bench, make_model, new_engine
+from tests.engine.bench import Bench, make_model, new_server
 from tests.engine.test_update import assert_engine_is_policy, perturb
 from tests.models import save_model
 from tests.sync.test_verify import Wrapped
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """An untied model on a server of two tensor-parallel workers."""
     folder, model = tmp_path_factory.mktemp("group"), make_model(tied=False)
-    engine = new_engine("vllm", save_model(model, folder / "model"), folder, args={"tensor_parallel_size": 2})
+    engine = new_server("vllm", save_model(model, folder / "model"), folder, args={"tensor_parallel_size": 2})
     engine.start()
     try:
         engine.wait_ready()
@@ -61,7 +61,7 @@ def test_a_server_with_another_number_of_workers_than_it_says_is_refused_in_time
     engine: Any = bench.engine
     with monkeypatch.context() as lie:
         lie.setattr(publisher, "_carrier", GroupCarrier(publisher.segment.bytes, "cpu", 5.0))
-        lie.setattr(engine, "_workers", lambda url: said)
+        lie.setattr(engine, "_workers", lambda: said)
         started = time.monotonic()
         with pytest.raises(SyncError, match=rf"(?s)version 7 failed in step `bucket 1`: EngineError: .*{reason}"):
             publisher.publish(7)
@@ -75,16 +75,16 @@ def test_a_worker_killed_in_the_middle_of_a_bucket_ends_the_publication_at_once(
     bench: Bench, publisher: WeightPublisher
 ) -> None:
     engine: Any = bench.engine
-    (url,) = engine._urls
+    url = engine.url
     worker = workers_of(engine)[-1]
     load, at = engine._load, [0.0]
 
-    def stopped(url: str, bucket: dict[str, Any]) -> None:
+    def stopped(bucket: dict[str, Any]) -> None:
         """From the second bucket on the worker does not take its bytes; a moment later it is dead."""
         if publisher.buckets[0].items[0].shard.name not in {entry["name"] for entry in bucket["tensors"]}:
             worker.suspend()
             threading.Timer(0.5, kill).start()
-        load(url, bucket)
+        load(bucket)
 
     def kill() -> None:
         at[0] = time.monotonic()
@@ -105,7 +105,7 @@ def test_a_worker_killed_in_the_middle_of_a_bucket_ends_the_publication_at_once(
 
 def workers_of(engine: Any) -> list[psutil.Process]:
     """The processes of a server that hold weights."""
-    guard = psutil.Process(engine._servers.process.pid)
+    guard = psutil.Process(engine._server.process.pid)
     found = [p for p in guard.children(recursive=True) if "Worker" in p.name() or "Worker" in " ".join(p.cmdline())]
     assert len(found) == 2, [(p.name(), p.cmdline()) for p in guard.children(recursive=True)]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,6 +102,18 @@ class FakeEngine:
             raise AssertionError("asked to generate in the middle of a weight update")
         answer = answer_to(request, spec, self.held, began)
         return [self.rubbish(answer) if self.rubbish else answer]
+
+    def submit(self, request: Request, spec: SamplingSpec) -> Future[list[RawRollout]]:
+        future: Future[list[RawRollout]] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(self.generate([request], spec)[0])
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=answer, daemon=True).start()
+        return future
 
     def abort(self) -> None:
         self._reach()

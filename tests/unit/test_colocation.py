@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,35 +14,41 @@ GIB = 2**30
 
 
 class Ranks:
-    """One rank that is alone."""
+    """One rank; `others` is what all others say about the memory that sleep freed."""
 
     rank, node, where = 0, 0, "round 3"
+    others: Sequence[Any] = ()
 
     def all_gather(self, value: Any, what: str) -> list[Any]:
-        return [value]
+        return [value, *(self.others if what == "memory that sleep freed" else [])]
 
 
 class Sleeper:
     """An engine that only sleeps, and frees 8 GiB by it."""
 
-    def __init__(self, device: list[int], fails: bool = False) -> None:
+    def __init__(self, device: list[int], fails: bool = False, frees: int = 8 * GIB) -> None:
         self.device = device
         self.fails = fails
+        self.frees = frees
         self.naps = 0
 
     def sleep(self) -> None:
         if self.fails:
             raise RuntimeError("out of order")
         self.naps += 1
-        self.device[0] += 8 * GIB
+        self.device[0] += self.frees
 
 
-def colocation(device: list[int], engine: Sleeper, measured: bool = True, **config: Any) -> Colocation:
+def colocation(
+    device: list[int], engine: Sleeper, measured: bool = True, weights: int = 3 * GIB, ranks: Any = None, **config: Any
+) -> Colocation:
+    who: Any = ranks or Ranks()
     made: Any = Colocation(
         EngineConfig(**{"sleep": True} | config),
-        Ranks(),  # type: ignore[arg-type]
+        who,
         engine,  # type: ignore[arg-type]
         (lambda: device[0]) if measured else None,
+        weights,
     )
     return made
 
@@ -103,3 +110,37 @@ def test_an_engine_that_cannot_sleep_is_an_error_on_every_rank() -> None:
     device = [20 * GIB]
     with pytest.raises(SleepFailed, match=r"round 3: an engine did not go to sleep: node 0: out of order"):
         colocation(device, Sleeper(device, fails=True)).after("generate")
+
+
+@pytest.mark.parametrize("freed", [0, 3 * GIB - 1])
+def test_an_engine_that_only_says_that_it_sleeps_is_an_error_that_names_the_phase(freed: int) -> None:
+    device = [20 * GIB]
+    parts = colocation(device, Sleeper(device, frees=freed))
+    with pytest.raises(
+        SleepFailed, match=r"phase `sleep`: the engine of node 0 .* less than the 3.00 GiB of its weights"
+    ):
+        parts.after("generate")
+
+
+def test_the_weights_alone_are_enough() -> None:
+    device = [20 * GIB]
+    colocation(device, Sleeper(device, frees=3 * GIB)).after("generate")
+
+
+def test_what_sleep_freed_is_counted_over_the_devices_of_a_node() -> None:
+    """Two servers of 8 GiB on two ranks' devices: this one gets 8 GiB back, and the other one's count decides."""
+    device, ranks = [20 * GIB], Ranks()
+    parts = colocation(device, Sleeper(device), weights=8 * GIB, ranks=ranks, replicas=2)
+    ranks.others = [[0, 8 * GIB], [1, 7 * GIB], [1, 9 * GIB]]
+    parts.after("generate")
+    ranks.others = [[0, 8 * GIB], [1, 7 * GIB], [1, 8 * GIB]]
+    with pytest.raises(SleepFailed, match=r"node 1 .* 15.00 GiB .* less than the 16.00 GiB"):
+        parts.after("generate")
+
+
+def test_a_rank_that_sees_one_of_an_engines_two_devices_expects_half_of_the_weights() -> None:
+    device = [20 * GIB]
+    colocation(device, Sleeper(device), weights=16 * GIB, args={"tensor_parallel_size": 2}).after("generate")
+    parts = colocation(device, Sleeper(device), weights=17 * GIB, args={"tensor_parallel_size": 2})
+    with pytest.raises(SleepFailed, match=r"8.00 GiB .* less than the 8.50 GiB"):
+        parts.after("generate")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from grpo_ds.config import EngineConfig
-from grpo_ds.engine import make_engine
-from grpo_ds.engine.base import EngineError, GenerationEngine, Request, SamplingSpec
+from grpo_ds.engine import make_server
+from grpo_ds.engine.base import EngineError, EngineSettings, GenerationEngine, Request, SamplingSpec
 
 ASKED = Request((5, 6, 7), 0, "p0")
 RUBBISH = {
@@ -54,10 +54,9 @@ def server() -> Iterator[Answers]:
 
 @pytest.fixture(params=["vllm", "sglang"])
 def engine(request: pytest.FixtureRequest, server: Answers, tmp_path: Path) -> Iterator[GenerationEngine]:
-    config = EngineConfig(kind=request.param, urls=[f"http://127.0.0.1:{server.server_port}"])
-    made = make_engine(
-        config, model_path="m", dtype="float32", max_model_len=64, log_dir=tmp_path, device="cpu", seed=0
-    )
+    url = f"http://127.0.0.1:{server.server_port}"
+    settings = EngineSettings("m", "float32", 64, tmp_path, "cpu", 0, url=url)
+    made = make_server(EngineConfig(kind=request.param), settings)
     yield made
     made.close()
 

@@ -41,7 +41,8 @@ def test_another_host_is_joined_only_with_a_key(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize(
     "url",
     [
-        *("https://127.0.0.1:8000", "127.0.0.1:8000", "http://", "http://127.0.0.1", "http://127.0.0.1:0"),
+        *("ftp://127.0.0.1:8000", "https://127.0.0.1", "127.0.0.1:8000", "http://"),
+        *("http://127.0.0.1", "http://127.0.0.1:0"),
         *("http://h:99999", "http://h:port", "http://[::1:8000", "http://h:1/v1", "http://h:1?x=1", "http://h:1#x"),
     ],
 )
@@ -63,11 +64,22 @@ def test_a_server_is_joined_once() -> None:
         checked_urls(["http://127.0.0.1:1", "http://127.0.0.1:1/"], None)
 
 
+def test_a_slash_at_the_end_belongs_to_no_path(tmp_path: Path) -> None:
+    config = EngineConfig(urls=["http://127.0.0.1:1/", "http://127.0.0.1:2"])
+    pool: Any = make_engine(
+        config, model_path="m", dtype="float32", max_model_len=64, log_dir=tmp_path, device="cpu", seed=0
+    )
+    assert [replica.engine.url for replica in pool._replicas.all] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+
 def test_a_name_that_only_begins_like_loopback_is_another_host() -> None:
     with pytest.raises(RecipeError, match="not on loopback"):
         checked_url("http://127.0.0.1.example.org:1", None)
     assert checked_url("http://127.0.0.1.example.org:1/", KEY) == "http://127.0.0.1.example.org:1"
     assert checked_url("http://[::1]:1", None) == "http://[::1]:1"
+    assert checked_url("https://engine.example.org:1/", KEY) == "https://engine.example.org:1"
+    with pytest.raises(RecipeError, match="not on loopback"):
+        checked_url("https://engine.example.org:1", None)
 
 
 @pytest.mark.parametrize("bad", ["short", "with a space in it", "ümlaut-ümlaut-ümlaut", "line\nline-line-line"])

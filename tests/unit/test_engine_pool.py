@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,50 @@ def test_a_slow_replica_does_not_set_the_pace(diary: Diary) -> None:
     wide = SamplingSpec(n=256, max_tokens=4)  # 4 requests are all that one has in flight
     assert pool.generate(requests(60), wide) == right(60, spec=wide)
     assert sum(replica == 0 for replica, _ in diary.asked) <= 4, "an equal share were 30"
+
+
+def test_who_is_left_takes_the_share_of_who_died_at_once(diary: Diary) -> None:
+    """Of 40 requests each of two replicas has 15 in flight; the one that is left has all that are not answered."""
+    pool, free = make_pool(diary), threading.Event()
+    for engine in diary.made:
+        engine.holds = lambda request: not free.is_set()
+    with ThreadPoolExecutor(1) as threads:
+        answers = threads.submit(pool.generate, requests(40), SPEC)
+        wait_for("15 requests each", lambda: Counter(replica for replica, _ in diary.asked) == {0: 15, 1: 15})
+        diary.made[0].dead = True
+        wait_for("all 40", lambda: sum(replica == 1 for replica, _ in diary.asked) == 40)
+        free.set()
+        assert answers.result(60) == right(40)
+
+
+def test_a_server_that_sleeps_between_generations_is_replaced_only_when_an_update_begins(diary: Diary) -> None:
+    """At any other time the trainer may hold the memory; the update then waits for it, so that none wakes later."""
+    config = EngineConfig(replicas=2, max_restarts=5, start_timeout_s=5, sleep=True)
+    pool = EnginePool(lambda index: FakeEngine(index, diary), config)
+    pool.start()
+    pool.wait_ready()
+    publish(pool, 1)
+    diary.made[0].dead, diary.must_ask = True, frozenset({0})
+    assert pool.generate(requests(20), SPEC) == right(20, 1)
+    wait_for("the end of the dead one", lambda: diary.made[0].closed)
+    pool.sleep()
+    time.sleep(0.5)
+    assert len(diary.made) == 2, "nothing was started while the engine sleeps"
+    publish(pool, 2)
+    assert [engine.held for engine in diary.made[1:]] == [2, 2]
+    pool.close()
+
+
+def test_who_waits_for_its_turn_to_restart_ends_with_the_run(diary: Diary) -> None:
+    others = set(threading.enumerate())
+    config = EngineConfig(replicas=2, max_restarts=5, start_timeout_s=5, sleep=True)
+    pool = EnginePool(lambda index: FakeEngine(index, diary), config)
+    pool.start()
+    pool.wait_ready()
+    diary.made[0].dead, diary.must_ask = True, frozenset({0})
+    assert pool.generate(requests(20), SPEC) == right(20)
+    pool.close()
+    wait_for("its end", lambda: set(threading.enumerate()) <= others)
 
 
 def test_requests_of_a_killed_replica_are_answered_by_the_others_and_nothing_answered_is_asked_again(
@@ -273,7 +318,6 @@ def test_closing_ends_all_engines_and_whoever_waits_for_them(diary: Diary) -> No
     [
         ({"kind": "hf", "replicas": 2}, "mean nothing to engine.kind hf"),
         ({"kind": "hf", "max_restarts": 1}, "mean nothing to engine.kind hf"),
-        ({"urls": ["http://127.0.0.1:9"], "max_restarts": 1}, "engine.urls names others"),
         ({"replicas": 2, "args": {"port": 8000}}, "one port for engine.replicas 2 servers"),
     ],
 )

@@ -96,6 +96,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path) -
             MINIMAL | {"train": {"prompts_per_round": 9}, "rollout": {"prompts_per_batch": 2}},
             ["rollout.prompts_per_batch (2) x", "gives 8 groups at most", "train.prompts_per_round (9)"],
         ),
+        (
+            MINIMAL | {"engine": {"urls": ["http://h:1"], "replicas": 2}},
+            ["engine.replicas counts servers that the run"],
+        ),
+        (MINIMAL | {"engine": {"urls": ["http://h:1"], "sleep": True}}, ["engine.sleep is for servers that share"]),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(
