@@ -124,7 +124,7 @@ def _together(args: argparse.Namespace) -> list[Finding]:
             gb_s[f"{name} device"] = _rate(ranks, nbytes, lambda n: ranks.all_reduce_seconds(n, backend.device(ranks)))
     engine = _start_engine(*recipe, ranks) if recipe and ranks.leads_node else ""
     ranks.barrier("clocks")
-    info = manifest(ranks.world, backend.device_kind(), "")
+    info = manifest(ranks.world, backend.device_kind(), "", backend.accelerators())
     mine = Facts(
         rank=ranks.rank,
         node=node_name(),

@@ -35,6 +35,8 @@ class Actor(Protocol):
 
     device: torch.device
 
+    @property
+    def lr(self) -> float: ...
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]: ...
     def logprobs(self, micro: MicroBatch) -> Tensor: ...
     def backward(self, loss_share: Tensor) -> None: ...
@@ -81,11 +83,17 @@ class Parts:
     parity: Parity
     log: RoundLog
     layout: Layout
+    evaluate: Callable[[int], dict[str, float]]
+    """Called on every rank with the rounds finished: the held-out evaluation as metrics, empty where none is due."""
     after_round: Callable[[int, int, dict[str, Any]], None]
-    """Called on every rank with (rounds finished, version, metrics): checkpoints and evaluations."""
+    """Called on every rank with (rounds finished, version, metrics): checkpoints."""
     colocation: Colocation
+    check_engine: Callable[[], None]
+    """Called on every rank while it computes: raises where this node's engine is gone."""
     engine_faults: Callable[[], dict[str, int]]
     """Called on every rank: the metrics engine/*, what happened to the engines since the last call."""
+    reward_functions: tuple[str, ...]
+    """The names under which groups hold each function's rewards."""
 
 
 def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
@@ -106,11 +114,14 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
             phases = parts.publisher.publish(version)
         parts.colocation.after("sync")
 
-        metrics: dict[str, Any] = {"round": round_index, "version": version, "kl_coef": parts.kl.coef}
+        metrics: dict[str, Any] = {"round": round_index, "version": version}
+        metrics |= {"kl_coef": parts.kl.coef, "lr": parts.actor.lr}
         if recipe.sync.parity_every and (round_index + 1) % recipe.sync.parity_every == 0:
             with clock.time("parity"):
                 metrics |= parts.parity.measure(version)
-        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks)
+        with clock.time("evaluation"):
+            metrics |= parts.evaluate(round_index + 1)
+        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks, parts.reward_functions)
         metrics |= parts.engine_faults()
         metrics |= parts.colocation.metrics()
         metrics |= {f"seconds/sync_{phase}": seconds for phase, seconds in phases.items()}
@@ -155,6 +166,7 @@ def update(parts: Parts, work: Assignment, version: int, clock: Clock) -> tuple[
     for k, (plan, micros) in enumerate(zip(work.plan, steps, strict=True)):
         with clock.time("update"):
             for j, micro in enumerate(micros):
+                parts.check_engine()
                 logprobs, entropy = actor.forward(micro)
                 share, numbers = parts.objective(
                     logprobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,8 +74,25 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
     }
 
 
+def reward_metrics(collection: Collection, functions: Sequence[str], ranks: Ranks) -> dict[str, float | None]:
+    """`reward/<function>`: mean of its values over everything generated on all nodes, unweighted and unshaped.
+
+    null where it gave no value. Every rank calls it.
+    """
+    rows = [member.parts for group in collection.rollouts for member in group.members]
+    values = [[parts[name] for parts in rows if parts[name] is not None] for name in functions]
+    mine = torch.tensor([[sum(found), len(found)] for found in values], dtype=torch.float64)
+    sums = ranks.sum(mine, "rewards of each function").tolist()
+    return {f"reward/{name}": total / n if n else None for name, (total, n) in zip(functions, sums, strict=True)}
+
+
 def round_metrics(
-    collection: Collection, plan: list[UpdatePlan], stats: dict[str, Tensor], norms: list[float], ranks: Ranks
+    collection: Collection,
+    plan: list[UpdatePlan],
+    stats: dict[str, Tensor],
+    norms: list[float],
+    ranks: Ranks,
+    functions: Sequence[str],
 ) -> dict[str, Any]:
     """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already.
 
@@ -82,7 +100,7 @@ def round_metrics(
     `loss`, `grad_norm`: means over the round's optimizer steps. `mixed_version_share`: trained responses with tokens of
     several versions. `stale_tokens_masked`: tokens of trained groups that are too old to give a loss
     (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made. The rest:
-    `group_metrics`.
+    `group_metrics` and, for the reward functions of these names, `reward_metrics`.
     """
     members = [m for group in collection.groups for m in group.members]
     generated = [m for group in collection.rollouts for m in group.members]
@@ -105,6 +123,7 @@ def round_metrics(
     return {
         "reward": reward / max(rewarded, 1),
         "score_all": score / max(scored, 1),
+        **reward_metrics(collection, functions, ranks),
         "grad_norm": sum(norms) / len(norms),
         **group_metrics(collection),
         "mixed_version_share": mixed / max(trained_responses, 1),

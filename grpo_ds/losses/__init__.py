@@ -5,7 +5,7 @@ from grpo_ds.losses.aggregate import MODES, Totals, aggregate
 from grpo_ds.losses.base import REGISTRY, get_policy_loss, register
 from grpo_ds.losses.kl import check_kl_name, kl_estimate
 from grpo_ds.losses.kl_control import KlController
-from grpo_ds.losses.mismatch import importance_weights, merge_mismatch, mismatch_stats, summarise_mismatch
+from grpo_ds.losses.mismatch import importance_weights, mismatch_stats, summarise_mismatch
 
 __all__ = [
     "MODES",
@@ -17,7 +17,6 @@ __all__ = [
     "get_policy_loss",
     "importance_weights",
     "kl_estimate",
-    "merge_mismatch",
     "mismatch_stats",
     "register",
     "summarise_mismatch",

@@ -59,8 +59,7 @@ def importance_weights(
 def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Mergeable statistics of one micro-batch, float64: merge entries named `*_max` by maximum, all others by addition.
 
-    Args: all (M,), `weights` the applied ones. Merge over micro-batches with `merge_mismatch`, over ranks with a sum
-    and a maximum; then `summarise_mismatch`.
+    Args: all (M,), `weights` the applied ones. Merged over micro-batches and ranks they go to `summarise_mismatch`.
     """
     log_weight = _log_weights(old_logprobs, rollout_logprobs).to(torch.float64)
     raw = log_weight.exp()
@@ -80,14 +79,6 @@ def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tens
         "raw_square_sum": raw.square().sum(),
         "weight_sum": applied.sum(),
         "weight_zero_sum": (applied == 0).to(torch.float64).sum(),
-    }
-
-
-def merge_mismatch(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The statistics of both micro-batches together."""
-    return {
-        name: torch.maximum(value, second[name]) if name.endswith("_max") else value + second[name]
-        for name, value in first.items()
     }
 
 

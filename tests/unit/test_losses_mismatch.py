@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo_ds.config import RecipeError
-from grpo_ds.losses import importance_weights, kl_estimate, merge_mismatch, mismatch_stats, summarise_mismatch
+from grpo_ds.losses import importance_weights, kl_estimate, mismatch_stats, summarise_mismatch
+from grpo_ds.objective import merge
 
 FORMULAS = {
     "k1": lambda d: d,
@@ -152,6 +153,6 @@ def test_merged_micro_batches_give_the_summary_of_the_whole() -> None:
     old, roll, weights = random_tokens(1, 500)
     merged = mismatch_stats(old[:0], roll[:0], weights[:0])
     for low, high in ((0, 7), (7, 400), (400, 500)):
-        merged = merge_mismatch(merged, mismatch_stats(old[low:high], roll[low:high], weights[low:high]))
+        merged = merge(merged, mismatch_stats(old[low:high], roll[low:high], weights[low:high]))
     whole = summarise_mismatch(mismatch_stats(old, roll, weights))
     assert summarise_mismatch(merged) == pytest.approx(whole, rel=1e-12)

@@ -211,6 +211,6 @@ def test_masked_tokens_are_counted() -> None:
     unscored = replace(OLD, score=None, reward=None)
     trained = group(*GROUP.members, unscored)
     collection = Collection([trained], [0], {}, [trained], [1], OLDEST)
-    row = round_metrics(collection, [plan_of(samples)], stats, [1.0], OneRank())  # type: ignore[arg-type]
+    row = round_metrics(collection, [plan_of(samples)], stats, [1.0], OneRank(), ())  # type: ignore[arg-type]
     assert (row["stale_tokens_masked"], row["tokens_trained"]) == (5, 3), "2 of one response, 3 of the other"
     assert row["stale_token_share"] == pytest.approx(1 / 3)
