@@ -128,6 +128,7 @@ def _engine(recipe: Recipe, model_path: str, dtype: str, log_dir: Path) -> Gener
         log_dir=log_dir,
         device=backend.device_kind(),
         seed=recipe.train.seed,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
 
 

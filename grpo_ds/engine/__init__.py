@@ -20,6 +20,7 @@ def make_engine(
     log_dir: Path,
     device: str,
     seed: int,
+    trust_remote_code: bool = False,
 ) -> GenerationEngine:
     """Make (not start) a node's engine of config.kind; with replicas or restarts it is an `EnginePool`.
 
@@ -30,7 +31,9 @@ def make_engine(
         raise RecipeError(
             "engine.sleep means nothing to engine.kind hf, which lives in the trainer's process: remove it"
         )
-    settings = EngineSettings(model_path, dtype, max_model_len, log_dir, device, seed)
+    settings = EngineSettings(
+        model_path, dtype, max_model_len, log_dir, device, seed, trust_remote_code=trust_remote_code
+    )
     if config.replicas == 1 and config.max_restarts == 0:
         return _make_one(config, settings)
     _check_pool(config)
@@ -63,5 +66,5 @@ def _make_one(config: EngineConfig, settings: EngineSettings) -> GenerationEngin
     if config.kind == "hf":
         from grpo_ds.engine.hf import HfEngine
 
-        return HfEngine(config, settings.model_path, settings.dtype, settings.max_model_len, settings.device)
+        return HfEngine(config, settings)
     raise RecipeError(f"engine.kind is {config.kind!r}, which does not exist: choose one of {', '.join(KINDS)}")

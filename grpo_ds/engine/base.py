@@ -100,6 +100,8 @@ class EngineSettings:
     seed: int
     visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a server; null: the trainer's own."""
+    trust_remote_code: bool = False
+    """Whether code in the model's folder may be run."""
 
 
 OnAnswer = Callable[[Request, list[RawRollout]], None]

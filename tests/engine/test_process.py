@@ -149,7 +149,7 @@ def two_engines(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> It
 def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothing(two_engines: list[Any]) -> None:
     engine = two_engines[0]
     engine.wait_ready()
-    guard, scratch = engine._servers.process.pid, engine._servers.process._scratch
+    guard, scratch = engine._servers.process.pid, engine._servers.process._scratch.path
     family = descendants(guard)
     sockets = {connection.laddr for process in family for connection in process.net_connections("unix")} - {""}
     assert sockets and all(str(path).startswith(f"{scratch}/") for path in sockets), sockets
@@ -174,7 +174,7 @@ def test_a_server_killed_while_it_generates_is_noticed_at_once_and_leaves_nothin
 def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
     engine = two_engines[1]
     wait_for("vLLM's engine process", lambda: engine_core_runs(engine._servers.process.pid), 200)
-    family, scratch = descendants(engine._servers.process.pid), engine._servers.process._scratch
+    family, scratch = descendants(engine._servers.process.pid), engine._servers.process._scratch.path
     os.kill(engine._servers.process.pid, signal.SIGKILL)
     wait_for("the end of the server's processes", lambda: gone(family), 20)
     engine.close()
