@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, MutableMapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from grpo_ds.config import RecipeError
@@ -74,7 +75,10 @@ def hold_stop_request() -> None:
     A handler would do for this process, but SLURM signals all processes of a step: what is started from here inherits
     the blocked signals, and neither the engine nor a reward process dies of them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL, signal.SIGTERM} if _under_srun() else {STOP_SIGNAL})
+    if _under_srun():
+        resource_tracker.ensure_running()  # it unblocks SIGTERM when it starts, so it must not start later
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
 
 
 def _under_srun() -> bool:

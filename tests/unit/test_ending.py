@@ -87,6 +87,8 @@ def test_nohup_is_respected() -> None:
 def test_under_srun_sigterm_asks_for_a_checkpoint_and_reaches_no_child() -> None:
     main = (
         "import os, signal, subprocess, time\n"
+        "from multiprocessing import get_context\n"
+        "get_context('spawn').Semaphore()\n"  # starts Python's resource tracker, which unblocks SIGTERM
         "child = subprocess.Popen([sys.executable, '-S', '-c', 'input()'], stdin=subprocess.PIPE)\n"
         "assert not stop_requested()\n"
         "os.kill(os.getpid(), signal.SIGTERM); child.terminate(); time.sleep(0.3)\n"
