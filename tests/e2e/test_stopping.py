@@ -91,7 +91,7 @@ def test_sigterm_under_srun_is_a_request_for_a_checkpoint(
         launched.wait_for("the first round", lambda: launched.rounds() >= 1)
         launched.process.terminate()
         assert launched.ends(2 * END_S) == 75
-    (checkpoint,) = (launched.folder / "checkpoints").iterdir()
+    (checkpoint,) = (launched.folder / "checkpoints").glob("round-*")
     assert re.fullmatch(r"on request, after round \d+; --resume auto goes on from .*", launched.cause())
     assert launched.cause().endswith(str(checkpoint))
 
