@@ -12,9 +12,9 @@ from pathlib import Path
 
 from grpo_ds.actor.checkpoint import checkpoints_of, read_state
 from grpo_ds.config import Recipe, RecipeError
+from grpo_ds.runlog import SUMMARY
 
 LOCK = "run.lock"
-SUMMARY = "summary.json"
 
 
 class RunFolder:

