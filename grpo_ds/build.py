@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from grpo_ds.actor import backend
-from grpo_ds.actor.checkpoint import TrainerState, checkpoints_of, read_state
+from grpo_ds.actor.checkpoint import TrainerState
 from grpo_ds.config import ActorConfig, AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
 from grpo_ds.dist import Ranks
 from grpo_ds.engine import make_engine
@@ -23,7 +23,6 @@ from grpo_ds.losses import REGISTRY as LOSSES
 from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
 from grpo_ds.rewards import function_names
-from grpo_ds.runlog import new_run_folder
 from grpo_ds.samples import AdvantageStage
 from grpo_ds.sync.transport import Transport, choose_transport, urls_of_node
 
@@ -183,39 +182,6 @@ def _no_tokenizer(path: str, reason: str) -> RecipeError:
     )
 
 
-def find_run(recipe: Recipe) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from (None: a new run).
-
-    resume auto: the newest run of run.name that has a whole checkpoint, else a new run. resume PATH: that
-    run. Refuses a run that has nothing left to train. Main rank only.
-    """
-    base = Path(recipe.run.dir)
-    if recipe.resume is None:
-        return new_run_folder(recipe), None
-    if recipe.resume == "auto":
-        runs = sorted((p for p in base.glob(f"{recipe.run.name}-*") if checkpoints_of(p)), key=_last_write)
-        if not runs:
-            print(f"resume auto: no run of {base}/{recipe.run.name}-* has a checkpoint, so a new one starts")
-            return new_run_folder(recipe), None
-        run = runs[-1]
-    else:
-        run = Path(recipe.resume)
-        if not checkpoints_of(run):
-            raise RecipeError(f"--resume {run}: no whole checkpoint under {run}/checkpoints; name a run's folder")
-    checkpoint = checkpoints_of(run)[-1]
-    state = read_state(checkpoint)
-    if state.round >= recipe.train.rounds:
-        raise RecipeError(
-            f"--resume: {checkpoint} already holds {state.round} rounds and train.rounds is {recipe.train.rounds}: raise "
-            "train.rounds, or start a new run without --resume"
-        )
-    return run.resolve(), checkpoint.resolve()
-
-
-def _last_write(run: Path) -> float:
-    return checkpoints_of(run)[-1].stat().st_mtime
-
-
 def make_node_engine(recipe: Recipe, model_path: str, dtype: str, folder: Path, ranks: Ranks) -> GenerationEngine:
     """This node's generation engine, not started."""
     logs = folder / "logs"
@@ -248,6 +214,7 @@ def _engine(recipe: Recipe, model_path: str, dtype: str, log_dir: Path) -> Gener
         log_dir=log_dir,
         device=backend.device_kind(),
         seed=recipe.train.seed,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
 
 

@@ -143,7 +143,7 @@ def _together(args: argparse.Namespace, obstacle: str) -> list[Finding]:
         if backend.device_kind() != "cpu":
             gb_s[f"{name} device"] = _rate(ranks, nbytes, lambda n: ranks.all_reduce_seconds(n, backend.device(ranks)))
     engine = _start_engine(*recipe, ranks) if recipe and ranks.leads_node else ""
-    info = manifest(ranks.world, backend.device_kind(), "")
+    info = manifest(ranks.world, backend.device_kind(), "", backend.accelerators())
     seconds = ranks.seconds_from_node_before(LINK_BYTES)
     ranks.barrier("clocks")
     clock_s = time.time()  # at once: what else a rank does takes different times

@@ -28,7 +28,8 @@ def command(recipe: Recipe, model_path: str, dtype: str, device: str) -> tuple[l
     """
     config = replace(recipe.engine, urls=[])
     length = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
-    settings = EngineSettings(model_path, dtype, length, Path(), device, recipe.train.seed)
+    trust = recipe.model.trust_remote_code
+    settings = EngineSettings(model_path, dtype, length, Path(), device, recipe.train.seed, trust_remote_code=trust)
     if config.kind == "vllm":
         from grpo_ds.engine import vllm, vllm_wire
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +12,14 @@ import torch
 from grpo_ds.collect import Grader
 from grpo_ds.config import Recipe
 from grpo_ds.dist import Ranks
-from grpo_ds.engine.base import EngineDown, GenerationEngine, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.base import EngineDown, EngineError, GenerationEngine, RawRollout, Request, SamplingSpec
 from grpo_ds.engine.pool import EnginePool
 from grpo_ds.engine.replicas import COUNTS
 from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Prompt, Rollout
+
+WATCH_S = 5.0
+"""Seconds between two questions whether the engine lives; of servers elsewhere one may be lost."""
 
 
 class Sampler(Protocol):
@@ -121,6 +125,25 @@ class EngineSampler:
         """The response with its text."""
         text = self.decode(list(raw.token_ids))
         return Rollout(raw.token_ids, raw.logprobs, raw.finish_reason, raw.spans, text)
+
+
+class EngineWatch:
+    """Notices within about 10 seconds that this node's engine died while the trainer computes, where nobody asks it."""
+
+    def __init__(self, engine: GenerationEngine | None, *, restarts: bool) -> None:
+        """engine: None on ranks that lead no node. restarts: a dead engine is mended at the next publication."""
+        self._engine = None if restarts else engine
+        self._asked = time.monotonic()
+        self._silent = 0
+
+    def __call__(self) -> None:
+        """Raises EngineError when two questions in a row, some seconds apart, found the engine gone."""
+        if self._engine is None or time.monotonic() - self._asked < WATCH_S:
+            return
+        self._silent = 0 if self._engine.alive() else self._silent + 1
+        self._asked = time.monotonic()
+        if self._silent > 1:
+            raise EngineError("this node's engine died while the trainer computed: logs/ of the run's folder says why")
 
 
 def evaluate(

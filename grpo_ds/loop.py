@@ -35,6 +35,8 @@ class Actor(Protocol):
 
     device: torch.device
 
+    @property
+    def lr(self) -> float: ...
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]: ...
     def logprobs(self, micro: MicroBatch) -> Tensor: ...
     def backward(self, loss_share: Tensor) -> None: ...
@@ -81,13 +83,19 @@ class Parts:
     parity: Parity
     log: RoundLog
     layout: Layout
+    evaluate: Callable[[int], dict[str, float]]
+    """Called on every rank with the rounds finished: the held-out evaluation as metrics, empty where none is due."""
     after_round: Callable[[int, int, dict[str, Any]], None]
-    """Called on every rank with (rounds finished, version, metrics): checkpoints and evaluations."""
+    """Called on every rank with (rounds finished, version, metrics): checkpoints."""
     colocation: Colocation
     reward_stats: Callable[[], dict[str, float]]
     """Called on every rank: the metrics reward/*, what the reward functions did since the last call."""
+    check_engine: Callable[[], None]
+    """Called on every rank while it computes: raises where this node's engine is gone."""
     engine_faults: Callable[[], dict[str, int]]
     """Called on every rank: the metrics engine/*, what happened to the engines since the last call."""
+    reward_functions: tuple[str, ...]
+    """The names under which groups hold each function's rewards."""
 
 
 def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
@@ -108,12 +116,15 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
             phases = parts.publisher.publish(version)
         parts.colocation.after("sync")
 
-        metrics: dict[str, Any] = {"round": round_index, "version": version, "kl_coef": parts.kl.coef}
+        metrics: dict[str, Any] = {"round": round_index, "version": version}
+        metrics |= {"kl_coef": parts.kl.coef, "lr": parts.actor.lr}
         if recipe.sync.parity_every and (round_index + 1) % recipe.sync.parity_every == 0:
             with clock.time("parity"):
                 metrics |= parts.parity.measure(version)
+        with clock.time("evaluation"):
+            metrics |= parts.evaluate(round_index + 1)
         left_out = parts.advantage.left_out(collection.groups)
-        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks, left_out)
+        metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks, parts.reward_functions, left_out)
         metrics |= parts.reward_stats()
         metrics |= parts.engine_faults()
         metrics |= parts.colocation.metrics()
@@ -187,6 +198,7 @@ def update(
     for k, (plan, micros) in enumerate(zip(work.plan, steps, strict=True)):
         with clock.time("update"):
             for j, micro in enumerate(micros):
+                parts.check_engine()
                 logprobs, entropy = actor.forward(micro)
                 share, numbers = parts.objective(
                     logprobs,

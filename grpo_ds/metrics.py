@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -89,12 +90,25 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
     }
 
 
+def reward_means(collection: Collection, functions: Sequence[str], ranks: Ranks) -> dict[str, float | None]:
+    """`reward/<function>`: mean of its values over everything generated on all nodes, unweighted and unshaped.
+
+    null where it gave no value. Every rank calls it.
+    """
+    rows = [member.parts for group in collection.rollouts for member in group.members]
+    values = [[parts[name] for parts in rows if parts[name] is not None] for name in functions]
+    mine = torch.tensor([[sum(found), len(found)] for found in values], dtype=torch.float64)
+    sums = ranks.sum(mine, "rewards of each function").tolist()
+    return {f"reward/{name}": total / n if n else None for name, (total, n) in zip(functions, sums, strict=True)}
+
+
 def round_metrics(
     collection: Collection,
     plan: list[UpdatePlan],
     stats: dict[str, Tensor],
     norms: list[float],
     ranks: Ranks,
+    functions: Sequence[str],
     left_out: dict[str, int],
 ) -> dict[str, Any]:
     """The round over all ranks, under the names of metrics.jsonl. `stats` are merged over ranks already; left_out: this
@@ -105,7 +119,7 @@ def round_metrics(
     several versions. `stale_tokens_masked`: tokens of trained groups that are too old to give a loss
     (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made.
     `left_out/<reason>`: responses of kept groups that are not trained on (`grpo_ds.samples.LEFT_OUT`). The rest:
-    `group_metrics`.
+    `group_metrics` and, for the reward functions of these names, `reward_means`.
     """
     members = [m for group in collection.groups for m in group.members]
     generated = [m for group in collection.rollouts for m in group.members]
@@ -128,6 +142,7 @@ def round_metrics(
     return {
         "reward": reward / max(rewarded, 1),
         "score_all": score / max(scored, 1),
+        **reward_means(collection, functions, ranks),
         "grad_norm": sum(norms) / len(norms),
         **group_metrics(collection),
         "mixed_version_share": mixed / max(trained_responses, 1),

@@ -11,13 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from grpo_ds.config import RecipeError
 
 STOP_SIGNAL = signal.SIGUSR1
 """Asks the run for a checkpoint at the end of its round and an end; SLURM sends it before the time limit."""
+
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Ask for an end at once."""
 
 STOPPED = 75
 """Exit code of a run that ended at its own request and goes on with --resume (EX_TEMPFAIL)."""
@@ -67,15 +71,54 @@ def launchers() -> list[int]:
 def hold_stop_request() -> None:
     """Keeps a stop request pending until the loop asks; call it while the process has one thread.
 
+    Under srun SIGTERM is one, too: that is what a preempted job gets, and SIGKILL follows by itself after a grace time.
     A handler would do for this process, but SLURM signals all processes of a step: what is started from here inherits
-    the blocked signal, and neither the engine nor a reward process dies of it.
+    the blocked signals, and neither the engine nor a reward process dies of them.
     """
+    if _under_srun():
+        resource_tracker.ensure_running()  # it unblocks SIGTERM when it starts, so it must not start later
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
+
+
+def _under_srun() -> bool:
+    """Whether srun started this process itself, and not a launcher that ends its ranks by SIGTERM."""
+    return "SLURM_STEP_ID" in os.environ and not launchers()
 
 
 def stop_requested() -> bool:
     """Whether somebody has asked this process to stop at the end of the round."""
-    return STOP_SIGNAL in signal.sigpending()
+    return not {STOP_SIGNAL, signal.SIGTERM}.isdisjoint(signal.sigpending())
+
+
+_told_to_end = threading.Event()
+"""Set by the first end request."""
+
+
+def on_end_request(act: Callable[[str, int], None]) -> None:
+    """Has a thread call act(name of the signal, exit code) once, at the first SIGTERM or SIGHUP.
+
+    In a thread, because the main thread runs no handler while it waits in a collective. Signals that are ignored
+    (nohup) or that ask for a stop at the end of the round (`hold_stop_request`) are left alone. Main thread only.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in set(_END_SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _nothing)
+
+    def wait() -> None:
+        while (number := signal.Signals(os.read(heard, 1)[0])) not in _END_SIGNALS:
+            continue  # Ctrl-C reaches the main thread as KeyboardInterrupt
+        _told_to_end.set()
+        act(number.name, 128 + number)
+
+    threading.Thread(target=wait, name="end-request", daemon=True).start()
+
+
+def _nothing(number: int, frame: object) -> None:
+    """The thread does it."""
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> None:
@@ -192,13 +235,12 @@ def say_last(cause: str, *, peer: bool = False, peer_delay_s: float = 5.0) -> No
         # The launcher may be ending this rank and its descendants already; the cause is handed over first. Ignored
         # signals are inherited. Only the main thread may set them.
         main = threading.current_thread() is threading.main_thread()
-        if main:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
         _speak_after(above[0], _started(above[0]), cause, _AFTER_THE_LAUNCHER_S if peer else 0.0)
         if main:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, before)
     if peer:
-        time.sleep(peer_delay_s)
+        _told_to_end.wait(peer_delay_s)
     if not above:
         sys.stderr.write(f"\ngrpo_ds: stopped: {cause}\n")
         sys.stderr.flush()

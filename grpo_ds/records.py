@@ -1,8 +1,10 @@
-"""Groups as JSON lines: carried over in checkpoints, and written out for people."""
+"""Groups as JSON lines: carried over in checkpoints, and written out for people; and files that are never half there."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,27 @@ from typing import Any
 
 from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there with all of its text, or as it was before, whenever the process is killed."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(path)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Gives a folder its name; one that had it is removed afterwards, so that a whole one is there at any time but for
+    the moment between two renames."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed below
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def group_to_json(group: Group) -> dict[str, Any]:

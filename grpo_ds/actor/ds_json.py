@@ -22,6 +22,7 @@ OWNED_BY_RECIPE = {
     "gradient_clipping": "actor.grad_clip",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "data_types": "model.dtype; gradients are added in float32",
     "managed_gradient_accumulation": "the trainer, which cuts every step anew",
 }
 
@@ -61,10 +62,13 @@ def actor_config(config: dict[str, Any], *, dtype: str, grad_clip: float, world:
     """Completes the actor's configuration.
 
     The batch sizes are DeepSpeed's bookkeeping only: with managed_gradient_accumulation off, `backward` accumulates
-    and `step` is the boundary, so every step may have its own number of micro-batches.
+    and `step` is the boundary, so every step may have its own number of micro-batches. Their gradients are added in
+    float32 also where the weights are bfloat16: in 16 bits the sum would depend on how the step is cut. (DeepSpeed
+    cannot without ZeRO, which `load_ds_json` refuses.)
     """
     return {
         **config,
+        "data_types": {"grad_accum_dtype": "fp32"} if zero_stage(config) else {},
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.dist import Ranks
+from grpo_ds.records import replace_folder
 from grpo_ds.shards import Shard
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -60,18 +62,28 @@ def _bytes_of(part: Tensor) -> bytes:
 
 
 def export_model(
-    folder: Path, shards: list[Shard], config: Any, tokenizer: Any, ranks: Ranks, limit: int = MAX_FILE_BYTES
+    folder: Path,
+    shards: list[Shard],
+    ranks: Ranks,
+    *,
+    config: Any,
+    generation_config: Any,
+    tokenizer: Any,
+    limit: int = MAX_FILE_BYTES,
 ) -> Path:
-    """Writes weights (in the training dtype), config and tokenizer so that `from_pretrained` and engines load them.
+    """Writes weights (in the training dtype), configs and tokenizer so that `from_pretrained` and engines load them.
 
-    Called by every rank. config: the model's configuration; tied weights are written once.
+    Called by every rank. config, generation_config: the model's own; tied weights are written once. The folder gets its
+    name when all of it is on disk; until then an earlier one of that name stays.
     """
     files = _files(shards, limit)
+    partial = folder.with_name(f"{folder.name}.partial")
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         for name, members in files.items():
             head, starts = _header(members)
-            with open(folder / name, "wb") as out:
+            with open(partial / name, "wb") as out:
                 out.write(head)
                 out.truncate(max(starts[m.name] + _nbytes(m) for m in members))
         if len(files) > 1:
@@ -79,17 +91,27 @@ def export_model(
                 "metadata": {"total_size": sum(_nbytes(s) for s in shards)},
                 "weight_map": {s.name: name for name, members in files.items() for s in members},
             }
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config.save_pretrained(partial)
+        # save_pretrained would refuse settings of a published model that contradict each other.
+        generation_config.to_json_file(partial / "generation_config.json")
+        tokenizer.save_pretrained(partial)
     ranks.barrier("export files made")
     for name, members in files.items():
-        _, starts = _header(members)
-        with open(folder / name, "r+b") as out:
-            for shard in members:
-                begin = ranks.rank * shard.length
-                part = shard.local(ranks.rank)[: max(0, shard.numel - begin)]
-                if part.numel():
-                    os.pwrite(out.fileno(), _bytes_of(part), starts[shard.name] + begin * shard.dtype.itemsize)
+        _write_own_part(partial / name, members, ranks.rank)
     ranks.barrier("export written")
+    if ranks.is_main:
+        replace_folder(partial, folder)
+    ranks.barrier("export renamed")
     return folder
+
+
+def _write_own_part(path: Path, members: list[Shard], rank: int) -> None:
+    _, starts = _header(members)
+    with open(path, "r+b") as out:
+        for shard in members:
+            begin = rank * shard.length
+            part = shard.local(rank)[: max(0, shard.numel - begin)]
+            if part.numel():
+                os.pwrite(out.fileno(), _bytes_of(part), starts[shard.name] + begin * shard.dtype.itemsize)
+        os.fsync(out.fileno())

@@ -22,6 +22,7 @@ def make_engine(
     log_dir: Path,
     device: str,
     seed: int,
+    trust_remote_code: bool = False,
 ) -> GenerationEngine:
     """Make (not start) a node's engine of config.kind: an `EnginePool` of its servers, or hf in this process.
 
@@ -30,12 +31,14 @@ def make_engine(
     """
     if config.kind not in KINDS:
         raise RecipeError(f"engine.kind is {config.kind!r}, which does not exist: choose one of {', '.join(KINDS)}")
-    settings = EngineSettings(model_path, dtype, max_model_len, log_dir, device, seed)
+    settings = EngineSettings(
+        model_path, dtype, max_model_len, log_dir, device, seed, trust_remote_code=trust_remote_code
+    )
     if config.kind == "hf":
         _check_in_process(config)
         from grpo_ds.engine.hf import HfEngine
 
-        return HfEngine(config, settings.model_path, settings.dtype, settings.max_model_len, settings.device)
+        return HfEngine(config, settings)
     if config.replicas > 1 and "port" in config.args:
         raise RecipeError(f"engine.args.port is one port for engine.replicas {config.replicas} servers: remove it")
     if config.urls:

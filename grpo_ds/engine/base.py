@@ -103,6 +103,8 @@ class EngineSettings:
     """CUDA_VISIBLE_DEVICES of a server; null: the trainer's own."""
     url: str | None = None
     """A server that runs already, to be joined instead of starting one."""
+    trust_remote_code: bool = False
+    """Whether code in the model's folder may be run."""
 
 
 OnAnswer = Callable[[Request, list[RawRollout]], None]

@@ -10,7 +10,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.config import EngineConfig, RecipeError
-from grpo_ds.engine.base import Carrier, EngineError, OnAnswer, RawRollout, Request, SamplingSpec, stream_seed
+from grpo_ds.engine.base import (
+    Carrier,
+    EngineError,
+    EngineSettings,
+    OnAnswer,
+    RawRollout,
+    Request,
+    SamplingSpec,
+    stream_seed,
+)
 from grpo_ds.engine.flights import Flights
 from grpo_ds.sync.receive import BucketReader, NameLedger
 from grpo_ds.types import FinishReason, VersionSpan
@@ -21,14 +30,15 @@ _ABORT_TIMEOUT_S = 60.0
 class HfEngine:
     """Samples one prompt at a time, its n responses as one batch; implements `GenerationEngine`."""
 
-    def __init__(self, config: EngineConfig, model_path: str, dtype: str, max_model_len: int, device: str) -> None:
+    def __init__(self, config: EngineConfig, settings: EngineSettings) -> None:
         """Raises RecipeError for settings that only a server understands."""
         if config.args or config.urls:
             raise RecipeError("engine.args and engine.urls mean nothing to engine.kind hf: remove them")
-        self._path = model_path
-        self._dtype = getattr(torch, dtype)
-        self._max_model_len = max_model_len
-        self._device = device
+        self._path = settings.model_path
+        self._dtype = getattr(torch, settings.dtype)
+        self._max_model_len = settings.max_model_len
+        self._device = settings.device
+        self._trust: dict[str, Any] = {"trust_remote_code": True} if settings.trust_remote_code else {}
         self._model: Any = None
         self._eos: frozenset[int] = frozenset()
         self._version = 0
@@ -40,10 +50,10 @@ class HfEngine:
     def start(self) -> None:
         if self._model is not None:
             return
-        model = AutoModelForCausalLM.from_pretrained(self._path, dtype=self._dtype)
+        model = AutoModelForCausalLM.from_pretrained(self._path, dtype=self._dtype, **self._trust)
         self._model = model.to(self._device).eval()
         listed = model.generation_config.eos_token_id
-        own = AutoTokenizer.from_pretrained(self._path).eos_token_id
+        own = AutoTokenizer.from_pretrained(self._path, **self._trust).eos_token_id
         ids = [own, *(listed if isinstance(listed, list) else [listed])]
         self._eos = frozenset(token for token in ids if token is not None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,13 +14,13 @@ from types import MappingProxyType
 import grpo_ds
 from grpo_ds.config import RecipeError
 from grpo_ds.engine.base import EngineError
+from grpo_ds.engine.scratch import PREFIX, Scratch
 
 _PORT_TRIES = 3
 _LOG_TAIL_BYTES = 12000
 _END_S = 15.0
 """Seconds in which a guard must have ended its server, and then in which it must have ended after SIGKILL."""
-_SCRATCH_PREFIX = "grpo-ds-"
-_LONGEST_TMPDIR = 107 - len(f"/{_SCRATCH_PREFIX}12345678") - len("/01234567-0123-0123-0123-0123456789ab")
+_LONGEST_TMPDIR = 107 - len(f"/{PREFIX}12345678") - len("/01234567-0123-0123-0123-0123456789ab")
 """Bytes: the path of a Unix socket has at most 107 (man 7 unix), and vLLM's sockets in our folder are named so."""
 
 
@@ -52,7 +51,7 @@ class ServerProcess:
         self._log_start = 0
         self._tries = 0
         self._guard: subprocess.Popen[bytes] | None = None
-        self._scratch: Path | None = None
+        self._scratch: Scratch | None = None
         if port is not None:
             _require_free(port)
 
@@ -75,13 +74,14 @@ class ServerProcess:
         self._log.touch(mode=0o600)
         self._log_start = self._log.stat().st_size
         # Sockets and files that a killed server leaves are removed with this folder.
-        self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
-        guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(self._log), "--scratch", str(self._scratch)]
+        self._scratch = Scratch()
+        folder = str(self._scratch.path)
+        guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(self._log), "--scratch", folder]
         # Its own session: Ctrl-C goes to the trainer alone, which then ends the engine.
         self._guard = subprocess.Popen(
             [*guard, "--", *self._command(port)],
             stdin=subprocess.PIPE,
-            env=self._env | {"TMPDIR": str(self._scratch)},
+            env=self._env | {"TMPDIR": folder},
             start_new_session=True,
         )
 
@@ -126,8 +126,8 @@ class ServerProcess:
             ) from None
 
     def _remove_scratch(self) -> None:
-        if self._scratch is not None and self._scratch.exists():
-            shutil.rmtree(self._scratch)
+        if self._scratch is not None:
+            self._scratch.remove()
 
     def error(self, message: str) -> EngineError:
         """An error that ends with the end of the log."""

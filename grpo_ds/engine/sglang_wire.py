@@ -57,6 +57,8 @@ def server_args(config: EngineConfig, settings: EngineSettings) -> list[str]:
         "sleep_on_idle": True,
         "log_level_http": "warning",
     }
+    if settings.trust_remote_code:
+        args["trust_remote_code"] = True
     if settings.device == "cpu":
         args |= {
             "attention_backend": "torch_native",

@@ -49,6 +49,8 @@ def server_args(config: EngineConfig, settings: EngineSettings) -> list[str]:
         "block_size": 32,
         "disable_uvicorn_access_log": True,
     }
+    if settings.trust_remote_code:
+        args["trust_remote_code"] = True
     if settings.device == "cpu":
         args["kv_cache_memory_bytes"] = 256 * 2**20
         args["enforce_eager"] = True  # compiling costs more than a short run gains

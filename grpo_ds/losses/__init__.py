@@ -7,7 +7,6 @@ from grpo_ds.losses.kl import check_kl_name, kl_estimate
 from grpo_ds.losses.kl_control import KlController
 from grpo_ds.losses.mismatch import (
     importance_weights,
-    merge_mismatch,
     mismatch_stats,
     rejection_mask,
     summarise_mismatch,
@@ -23,7 +22,6 @@ __all__ = [
     "get_policy_loss",
     "importance_weights",
     "kl_estimate",
-    "merge_mismatch",
     "mismatch_stats",
     "register",
     "rejection_mask",

@@ -88,8 +88,8 @@ def mismatch_stats(
     """Mergeable statistics of one micro-batch, float64: merge entries named `*_max` by maximum, all others by addition.
 
     Args: all tensors (M,), `weights` the applied ones. level: that of the weights; at `sequence` the unbounded weights,
-    from which chi2 and the effective sample size come, are those of whole sequences, one each. Merge over micro-batches
-    with `merge_mismatch`, over ranks with a sum and a maximum; then `summarise_mismatch`.
+    from which chi2 and the effective sample size come, are those of whole sequences, one each. Merged over
+    micro-batches and ranks they go to `summarise_mismatch`.
     """
     log_weight = _log_weights(old_logprobs, rollout_logprobs).to(torch.float64)
     raw = log_weight.exp()
@@ -126,14 +126,6 @@ def _sequence_weights(log_weight: Tensor, sequence_index: Tensor) -> Tensor:
     count = int(inverse.max()) + 1 if inverse.numel() else 0
     sums = log_weight.new_zeros(count).index_add(0, inverse, log_weight)
     return sums.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-
-
-def merge_mismatch(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The statistics of both micro-batches together."""
-    return {
-        name: torch.maximum(value, second[name]) if name.endswith("_max") else value + second[name]
-        for name, value in first.items()
-    }
 
 
 def summarise_mismatch(merged: dict[str, Tensor]) -> dict[str, float]:

@@ -53,11 +53,13 @@ def model_config(path: Path, dtype: str) -> ModelConfig:
 
 def make_policy(
     folder: Path, ranks: Ranks, actor: ActorConfig, *, model: str = "untied", config: str = "partitioned",
-    dtype: str = "float32",
+    dtype: str = "float32", recompute: bool = False,
 ) -> Policy:  # fmt: skip
     """The trainer's own path from a model folder to a policy."""
     full = actor_config(json_of(config), dtype=dtype, grad_clip=actor.grad_clip, world=ranks.world)
     loaded = backend.load_model(model_config(folder / model, dtype), str(folder / model), dtype, full)
+    if recompute:
+        backend.recompute_activations(loaded)
     engine = backend.build_engine(loaded, full, temperature=TEMPERATURE, chunk=5, actor=actor)
     return Policy(engine, backend.device(ranks), actor, ranks.world)
 

@@ -145,6 +145,15 @@ def export(folder: Path, ranks: Ranks) -> dict[str, Any]:
         run_round(policy, ranks, raw)
         target = folder / f"export-{ranks.world}-{model}-{dtype}"
         shards = list_shards(policy.engine.module, ranks.world)
-        export_model(target, shards, policy.engine.module.model.config, NoTokenizer(), ranks, limit)
+        model_of = policy.engine.module.model
+        export_model(
+            target,
+            shards,
+            ranks,
+            config=model_of.config,
+            generation_config=model_of.generation_config,
+            tokenizer=NoTokenizer(),
+            limit=limit,
+        )
         results[target.name] = gathered(policy)
     return results

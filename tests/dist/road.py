@@ -135,6 +135,7 @@ def _parts(case: GradientCase, actor: Policy, reference: Remembered, ranks: Rank
         "reference": reference,
         "kl": KlController(KL_COEF, None, 1),
         "layout": case.layout,
+        "check_engine": lambda: None,
     }
     # This stretch of the loop starts no engine and writes nothing.
     return loop.Parts(**{field.name: used.get(field.name) for field in fields(loop.Parts)})  # type: ignore[arg-type]

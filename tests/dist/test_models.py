@@ -131,7 +131,8 @@ def test_an_exported_folder_loads_in_transformers_with_the_policys_exact_weights
     assert not torch.equal(found["model.norm.weight"], start["model.norm.weight"]), "trained weights, not the start"
     count = len(list((folder / name).glob("*.safetensors")))
     assert count == 1 if files == 1 else count >= files
-    assert (folder / name / "tokenizer-saved").exists()
+    assert (folder / name / "tokenizer-saved").exists() and (folder / name / "generation_config.json").exists()
+    assert not (folder / f"{name}.partial").exists()
 
 
 # ---- checkpoints ----

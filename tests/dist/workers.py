@@ -20,6 +20,7 @@ from grpo_ds.dist import Ranks
 from grpo_ds.estimators import get_estimator
 from tests.dist import cases
 from tests.dist.cases import GROUPS, KL_COEF, GradientCase
+from tests.dist.memory import pieces, recomputation
 from tests.dist.parts import (
     MOVING,
     STILL,
@@ -45,6 +46,8 @@ def main(folder: Path) -> dict[str, Any]:
     sections: dict[str, Callable[[Path, Ranks], Any]] = {
         "gradients": gradients,
         "optimizer": optimizer_steps,
+        "recomputation": recomputation,
+        "pieces": pieces,
         "reference": reference,
         "estimators": estimators,
         "sync": sync,

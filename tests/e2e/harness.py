@@ -70,7 +70,8 @@ engine: {kind: hf}
 algorithm:
   filter_groups: {max_num_gen_batches: 4, max_staleness: 1, on_exhausted: train_partial}
 actor: {lr: 1.0e-3, kl_loss_coef: 0.01}
-train: {prompts_per_round: 4, rounds: 5, micro_batch_tokens: 64, checkpoint_every: 1, keep_checkpoints: 9}
+train:
+  {prompts_per_round: 4, rounds: 5, micro_batch_tokens: 64, checkpoint_every: 1, keep_checkpoints: 9, evaluate_every: 2}
 run: {name: tiny}
 """
 TRAIN_ROWS = 10
@@ -207,6 +208,11 @@ class Launched:
     def _one(self, wanted: Callable[[psutil.Process], bool]) -> psutil.Process:
         (found,) = [process for process in self.alive() if wanted(process)]
         return found
+
+    def scratch(self) -> set[str]:
+        """Folders for temporary files that the run's servers were given."""
+        found = {_environ(process).get("TMPDIR", "") for process in self.alive()}
+        return {path for path in found if "/grpo-ds-" in path}
 
     def shared_files(self) -> set[str]:
         """Files of /dev/shm that the run's processes have mapped or open."""

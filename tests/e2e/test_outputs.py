@@ -35,7 +35,8 @@ def test_the_written_recipe_reads_back_as_the_same_recipe(whole_run: Launched, r
 def test_the_manifest_says_what_the_run_ran_on(whole_run: Launched) -> None:
     manifest = json.loads((whole_run.folder / "manifest.json").read_text())
     assert manifest["ranks"] == 2 and manifest["dtype"] in ("float32", "bfloat16")
-    assert {"python", "packages", "git_commit", "platform", "cpus", "memory_gib", "device"} <= set(manifest)
+    assert {"python", "packages", "git_commit", "git_dirty", "platform", "cpus", "memory_gib"} <= set(manifest)
+    assert {"device", "accelerators"} <= set(manifest)
     assert manifest["packages"]["torch"] == importlib.metadata.version("torch")
 
 
@@ -47,6 +48,10 @@ def test_each_round_has_one_line_of_numbers(whole_run: Launched) -> None:
         assert set(metrics) >= ROUND_KEYS | {f"seconds/{phase}" for phase in PHASES}
         assert all(torch.isfinite(torch.tensor(float(metrics[key]))) for key in ROUND_KEYS)
         assert metrics["kept_groups"] == 4
+        assert metrics["lr"] == 1e-3
+        # The only function, unweighted, over all that was generated: null where that is nothing.
+        mean = metrics["reward/mixed"]
+        assert mean == pytest.approx(metrics["score_all"]) if metrics["generation_batches"] else mean is None
         # A round that lives on surplus groups alone generates nothing.
         assert (metrics["generation_batches"] > 0) == ("seconds/generation" in metrics) == ("seconds/reward" in metrics)
 
@@ -58,6 +63,9 @@ def test_the_summary_adds_the_rounds_up(whole_run: Launched) -> None:
     for key in ("samples", "tokens_generated", "tokens_trained"):
         assert summary[key] == sum(m[key] for m in rounds) > 0
     assert 0 <= summary["heldout_before"] <= 1 and 0 <= summary["heldout_after"] <= 1
+    evaluated = {str(m["round"] + 1): m["heldout"] for m in rounds if "heldout" in m}
+    assert set(evaluated) == {"2", "4"}, "every second round; the last one is heldout_after"
+    assert summary["heldout_at"] == evaluated
 
 
 def test_every_trained_token_carries_the_version_that_made_it(whole_run: Launched) -> None:
@@ -79,6 +87,8 @@ def test_the_exported_model_loads_answers_and_has_learned(whole_run: Launched, r
     model, before = (AutoModelForCausalLM.from_pretrained(p) for p in (folder, recipe.parent / "model"))
     ids = AutoTokenizer.from_pretrained(folder)("12+13=", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
+    assert model.generation_config.eos_token_id == before.generation_config.eos_token_id is not None
+    assert (folder / "generation_config.json").is_file()
     old = dict(before.named_parameters())
     assert {name for name, _ in model.named_parameters()} == set(old)
     moved = [(parameter - old[name]).abs().max().item() for name, parameter in model.named_parameters()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,47 @@ def test_a_finished_run_has_nothing_to_train(one_rank_run: Launched, recipe: Pat
         r"--resume: .*round-000001 already holds 1 rounds and train\.rounds is 1: raise train\.rounds, or start a "
     )
     assert re.fullmatch(sentence + r"new run without --resume", refusal(arguments, tmp_path))
+
+
+def test_a_run_that_was_killed_while_it_finished_delivers_its_model(
+    one_rank_run: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    """What a kill between the last checkpoint and the summary leaves: half an export, and no summary."""
+    run_folder = tmp_path / "runs" / one_rank_run.folder.name
+    shutil.copytree(one_rank_run.folder, run_folder)
+    (run_folder / "summary.json").unlink()
+    (run_folder / "hf").rename(run_folder / "hf.partial")
+    (run_folder / "hf.partial" / "model.safetensors").write_bytes(bytes(1000))
+    checkpoint = run_folder / "checkpoints" / "round-000001" / "trainer.json"
+    written = checkpoint.stat().st_mtime_ns
+    done = run(["--recipe", str(recipe), "--train.rounds", "1", "--resume", "auto"], tmp_path)
+    assert done.process.returncode == 0, done.screen
+    weights = "hf/model.safetensors"
+    assert (run_folder / weights).read_bytes() == (one_rank_run.folder / weights).read_bytes()
+    assert not (run_folder / "hf.partial").exists()
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (one_rank_run.folder, run_folder))
+    del first["seconds"], second["seconds"]
+    assert first == second
+    assert checkpoint.stat().st_mtime_ns == written, "the checkpoint is as it was"
+    assert read_jsonl(run_folder / "metrics.jsonl") == read_jsonl(one_rank_run.folder / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_groups_that_a_round_paid_for_outlive_its_exhaustion(recipe: Path, tmp_path: Path) -> None:
+    """Two prompts a run are too few for four groups; the second run adds its two, with another KL coefficient."""
+    arguments = ["--recipe", str(recipe), "--resume", "auto", "--train.rounds", "1", "--rollout.prompts_per_batch", "1"]
+    filters = "--algorithm.filter_groups."
+    arguments += [f"{filters}max_num_gen_batches", "2", f"{filters}on_exhausted", "error", f"{filters}enable", "false"]
+    first = run(arguments, tmp_path)
+    assert first.process.returncode == 1, first.screen
+    checkpoint = first.folder / "checkpoints" / "round-000000"
+    assert first.cause().endswith(f"; --resume auto goes on with the 2 groups found so far, from {checkpoint}")
+    assert len(read_jsonl(checkpoint / "carried-0.jsonl")) == 2
+    second = run([*arguments, "--actor.kl_loss_coef", "0.02"], tmp_path)
+    assert second.process.returncode == 0, second.screen
+    (metrics,) = read_jsonl(first.folder / "metrics.jsonl")
+    assert (metrics["kept_groups"], metrics["generation_batches"]) == (4, 2)
+    assert metrics["kl_coef"] == 0.02
 
 
 def test_a_folder_without_a_checkpoint_is_refused(recipe: Path, tmp_path: Path) -> None:

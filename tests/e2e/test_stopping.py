@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Launched
+from tests.e2e.harness import END_S, Launched
 
 ENDLESS = ["--train.rounds", "1000000", "--train.checkpoint_every", "0", "--run.rollouts_per_round", "0"]
 
@@ -23,14 +23,14 @@ def training(launched: Launched) -> None:
 
 def ended(launched: Launched) -> str:
     """Checks that the run failed and left nothing; returns the last lines of its screen."""
-    shared = {path for path in launched.shared if Path(path).exists()}
-    assert not shared, "left in shared memory"
+    left = {path for path in launched.shared if Path(path).exists()}
+    assert not left, "left in shared memory, or of a server's temporary files"
     assert launched.process.returncode != 0
     return "\n".join(launched.screen.rstrip().splitlines()[-3:])
 
 
-def hf_run(recipe: Path, tmp_path: Path, *extra: str) -> Launched:
-    return Launched(["--recipe", str(recipe), *ENDLESS, "--data.heldout", "null", *extra], tmp_path, "deepspeed")
+def hf_run(recipe: Path, tmp_path: Path, *extra: str, launcher: str = "deepspeed") -> Launched:
+    return Launched(["--recipe", str(recipe), *ENDLESS, "--data.heldout", "null", *extra], tmp_path, launcher)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the launcher", "SIGINT to all", "rank 1 killed"])
@@ -54,14 +54,46 @@ def test_a_run_ends_whole(how: str, recipe: Path, tmp_path: Path) -> None:
     assert re.search(wanted[how], lines), launched.screen
 
 
-def test_an_exception_on_one_rank_ends_all_with_its_sentence(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_an_exception_on_one_rank_ends_all_with_its_sentence(launcher: str, recipe: Path, tmp_path: Path) -> None:
+    """Both launchers send SIGTERM to the other rank, which then must not speak for itself."""
     loss = f"{recipe.parent / 'losses.py'}:FailsOnRankOne"
-    with hf_run(recipe, tmp_path, "--actor.policy_loss_fn", loss) as launched:
+    with hf_run(recipe, tmp_path, "--actor.policy_loss_fn", loss, launcher=launcher) as launched:
         launched.wait_for_exit()
         launched.ends()
         ended(launched)
     assert launched.cause() == "rank 1: ArithmeticError: the second rank has had enough"
     assert launched.rounds() >= 1, "it failed in the middle of the run"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_ends_its_ranks_with_a_sentence(recipe: Path, tmp_path: Path) -> None:
+    with hf_run(recipe, tmp_path, launcher="torchrun") as launched:
+        launched.wait_for("the first round", lambda: launched.rounds() >= 1)
+        launched.process.terminate()
+        launched.ends()
+    assert re.search(r"sent this rank SIGTERM, which ends it|the launcher was ended from outside", launched.cause())
+
+
+def test_sigterm_ends_a_run_of_plain_python_with_its_code_and_sentence(recipe: Path, tmp_path: Path) -> None:
+    with hf_run(recipe, tmp_path, launcher="python") as launched:
+        launched.wait_for("the first round", lambda: launched.rounds() >= 1)
+        launched.process.terminate()
+        assert launched.ends() == 143
+    assert launched.cause() == "the run was sent SIGTERM, which ends it"
+
+
+def test_sigterm_under_srun_is_a_request_for_a_checkpoint(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with hf_run(recipe, tmp_path, launcher="python") as launched:
+        launched.wait_for("the first round", lambda: launched.rounds() >= 1)
+        launched.process.terminate()
+        assert launched.ends(2 * END_S) == 75
+    (checkpoint,) = (launched.folder / "checkpoints").glob("round-*")
+    assert re.fullmatch(r"on request, after round \d+; --resume auto goes on from .*", launched.cause())
+    assert launched.cause().endswith(str(checkpoint))
 
 
 VICTIMS = ("server", "rank 0", "launcher")
@@ -98,7 +130,9 @@ def served(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 def test_a_run_with_a_server_ends_whole(victim: str, served: Callable[[str], Launched]) -> None:
     launched = served(victim)
     training(launched)
-    launched.shared = launched.shared_files()
+    scratch = launched.scratch()
+    assert len(scratch) == 1
+    launched.shared = launched.shared_files() | scratch
     if victim == "server":
         launched.server().kill()
     elif victim == "rank 0":

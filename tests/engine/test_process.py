@@ -160,7 +160,7 @@ def test_a_server_killed_while_it_generates_costs_its_unanswered_requests_a_seco
     bench, sender, asked = Bench(pool, make_model(tied=True)), Sender(2**20), requests(64)
     pool.start()
     pool.wait_ready()
-    guard, scratch = engine._server.process.pid, engine._server.process._scratch
+    guard, scratch = engine._server.process.pid, engine._server.process._scratch.path
     family = descendants(guard)
     sockets = {connection.laddr for process in family for connection in process.net_connections("unix")} - {""}
     assert sockets and all(str(path).startswith(f"{scratch}/") for path in sockets), sockets
@@ -193,7 +193,7 @@ def test_a_server_killed_while_it_generates_costs_its_unanswered_requests_a_seco
 def test_nothing_survives_a_killed_guard(two_engines: list[Any]) -> None:
     engine = two_engines[1]
     wait_for("vLLM's engine process", lambda: engine_core_runs(engine._server.process.pid), 200)
-    family, scratch = descendants(engine._server.process.pid), engine._server.process._scratch
+    family, scratch = descendants(engine._server.process.pid), engine._server.process._scratch.path
     timer = threading.Timer(0.5, os.kill, (engine._server.process.pid, signal.SIGKILL))
     timer.start()
     with pytest.raises(EngineError, match=r"(?s)p\d+.*vllm_server\.log|server died.*vllm_server\.log"):

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,9 @@ def test_top_k_comes_before_top_p_and_each_row_has_its_own() -> None:
     restrict_(probs, torch.tensor([3, 2, 1 << 30]), torch.tensor([0.6, 0.6, 1.0]))
     wanted = torch.tensor([[3 / 8, 5 / 8, 0.0], [0.0, 1.0, 0.0], [0.3, 0.5, 0.2]])
     torch.testing.assert_close(probs, wanted)
+
+
+def test_code_of_the_model_folder_runs_in_the_server_only_where_the_recipe_says_so() -> None:
+    settings = EngineSettings("m", "float32", 64, Path("logs"), "cpu", 0)
+    assert not any("trust" in word for word in server_args(EngineConfig(kind="sglang"), settings))
+    assert "--trust-remote-code" in server_args(EngineConfig(kind="sglang"), replace(settings, trust_remote_code=True))

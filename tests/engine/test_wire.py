@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,9 @@ def test_the_ledger_names_what_is_missing() -> None:
         ledger.require_complete()
     with pytest.raises(ValueError, match="tensor c is not in the list"):
         ledger.check(["c"])
+
+
+def test_code_of_the_model_folder_runs_in_the_server_only_where_the_recipe_says_so() -> None:
+    settings = EngineSettings("m", "float32", 64, Path("logs"), "cpu", 0)
+    assert not any("trust" in word for word in server_args(EngineConfig(), settings))
+    assert "--trust-remote-code" in server_args(EngineConfig(), replace(settings, trust_remote_code=True))

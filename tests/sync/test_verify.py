@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from grpo_ds.config import EngineConfig, SyncConfig
 from grpo_ds.dist import Ranks
-from grpo_ds.engine.base import Carrier
+from grpo_ds.engine.base import Carrier, EngineSettings
 from grpo_ds.engine.hf import HfEngine
 from grpo_ds.sync.publish import VERIFY_EVERY, SyncError, WeightPublisher, verified
 from tests.engine.bench import MAX_MODEL_LEN, make_model
@@ -47,7 +48,7 @@ class Wrapped(torch.nn.Module):
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flipping]:
     path = save_model(make_model(tied=True), tmp_path_factory.mktemp("verify") / "model")
-    made = Flipping(EngineConfig(kind="hf"), path, "float32", MAX_MODEL_LEN, "cpu")
+    made = Flipping(EngineConfig(kind="hf"), EngineSettings(path, "float32", MAX_MODEL_LEN, Path(), "cpu", 0))
     made.start()
     yield made
     made.close()

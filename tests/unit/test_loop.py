@@ -1,8 +1,9 @@
-"""How many passes a round makes: the KL placed in the reward shares its log-probabilities with the optimizer steps."""
+"""What a round asks of its models, and what it does between micro-batches."""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from grpo_ds.batching import MicroBatch
 from grpo_ds.clock import Clock
 from grpo_ds.collect import Collection
 from grpo_ds.config import ActorConfig, DataConfig, ImportanceConfig, ModelConfig, Recipe, RewardConfig, TrainConfig
+from grpo_ds.engine.base import EngineError
 from grpo_ds.estimators import get_estimator
 from grpo_ds.losses import KlController, get_policy_loss
 from grpo_ds.objective import Objective
@@ -121,3 +123,41 @@ def test_each_model_makes_one_pass_a_round_over_a_micro_batch(steps: int, placem
         tokens = [(wanted[2], 3 * (not masked)), (wanted[3], 1)]
         slope = sum(-a * n * (1 if a > 0 else 0) * 2.718281828**-1 for a, n in tokens) / sum(n for _, n in tokens)
         assert actor.gradients[1] == pytest.approx(slope + with_loss, abs=1e-5)
+
+
+class CountingActor:
+    """Counts what is asked of it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.backwards = 0
+
+    def forward(self, micro: Any) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1), torch.zeros(1)
+
+    def backward(self, share: Tensor) -> None:
+        self.backwards += 1
+
+
+def test_a_dead_engine_ends_the_update_at_the_next_micro_batch() -> None:
+    actor, asked = CountingActor(), []
+
+    def check() -> None:
+        asked.append(actor.backwards)
+        if len(asked) == 3:
+            raise EngineError("gone")
+
+    parts: Any = SimpleNamespace(
+        actor=actor,
+        reference=None,
+        check_engine=check,
+        objective=lambda *_, **__: (torch.zeros(()), {}),
+        kl=SimpleNamespace(coef=0.0),
+        ranks=SimpleNamespace(rank=0),
+        layout="padded",
+    )
+    work: Any = SimpleNamespace(plan=[SimpleNamespace(totals=None)], micro_batches=lambda *_: [[None] * 5])
+    with pytest.raises(EngineError, match="gone"):
+        loop.update(parts, work, 0, Clock())
+    assert asked == [0, 1, 2], "before each of the first three"

@@ -12,11 +12,11 @@ from grpo_ds.losses import (
     KlController,
     importance_weights,
     kl_estimate,
-    merge_mismatch,
     mismatch_stats,
     rejection_mask,
     summarise_mismatch,
 )
+from grpo_ds.objective import merge
 
 FORMULAS = {
     "k1": lambda d: d,
@@ -138,7 +138,7 @@ def test_chi_squared_and_sample_size_of_sequence_weights_are_those_of_whole_sequ
         mismatch_stats(old[part], roll[part], weights[part], index[part], "sequence")
         for part in (index == 0, index == 1)
     ]
-    assert summarise_mismatch(merge_mismatch(*halves)) == pytest.approx(summary)
+    assert summarise_mismatch(merge(*halves)) == pytest.approx(summary)
 
 
 def test_rejection_looks_at_the_token_or_at_its_sequence() -> None:
@@ -194,7 +194,7 @@ def test_merged_micro_batches_give_the_summary_of_the_whole() -> None:
     old, roll, weights = random_tokens(1, 500)
     merged = stats(old[:0], roll[:0], weights[:0])
     for low, high in ((0, 7), (7, 400), (400, 500)):
-        merged = merge_mismatch(merged, stats(old[low:high], roll[low:high], weights[low:high]))
+        merged = merge(merged, stats(old[low:high], roll[low:high], weights[low:high]))
     whole = summarise_mismatch(stats(old, roll, weights))
     assert summarise_mismatch(merged) == pytest.approx(whole, rel=1e-12)
 

@@ -212,7 +212,7 @@ def test_masked_tokens_are_counted() -> None:
     trained = group(*GROUP.members, unscored)
     collection = Collection([trained], [0], {}, [trained], [1], OLDEST)
     left_out = CENTRED.left_out([trained])
-    row = round_metrics(collection, [plan_of(samples)], stats, [1.0], OneRank(), left_out)  # type: ignore[arg-type]
+    row = round_metrics(collection, [plan_of(samples)], stats, [1.0], OneRank(), (), left_out)  # type: ignore[arg-type]
     assert (row["left_out/unscored"], row["left_out/small_group"]) == (1, 0)
     assert (row["stale_tokens_masked"], row["tokens_trained"]) == (5, 3), "2 of one response, 3 of the other"
     assert row["stale_token_share"] == pytest.approx(1 / 3)
