@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
+from grpo_ds.actor import backend
 from grpo_ds.actor.export import export_model
 from grpo_ds.actor.policy import Policy
 from grpo_ds.config import SyncConfig
@@ -98,12 +99,18 @@ def sync(folder: Path, ranks: Ranks) -> dict[str, Any]:
             first = receiver.tensors if receiver else {}
             run_round(policy, ranks, raw)
             publisher.publish(2)
+        second, held = receiver.tensors if receiver else {}, gathered(policy)
+        params = [shard.param for shard in publisher.shards]
+        backend.change_in_place(params, Tensor.neg_)
+        publisher.publish(3)
         publisher.close()
-        held = gathered(policy)
+        backend.change_in_place(params, Tensor.neg_)
         name = f"{model}/{config}/{dtype}"
         results[name if transport == "shared_memory" else f"{name}/{transport}"] = {
             "first": first,
-            "second": receiver.tensors if receiver else {},
+            "second": second,
+            "negated": receiver.tensors if receiver else {},
+            "put back": gathered(policy),
             "names": list(receiver.names) if receiver else [],
             "calls": receiver.calls if receiver else [],
             "buckets": receiver.buckets if receiver else 0,

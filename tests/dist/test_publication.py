@@ -41,5 +41,16 @@ def test_shards_cross_nodes_in_one_collective_a_bucket_and_within_a_node_in_none
         assert set(found.values()) == {1 if len(ranks) == 4 else 0}, found
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4], indirect=True)
+def test_weights_changed_in_place_are_what_is_published_under_every_stage_and_can_be_put_back(ranks: list[Any]) -> None:
+    """As the self-test changes them: partitioned, kept whole beside their partition (small ones), and never partitioned."""
+    for rank in ranks[::2]:
+        variants = {name: result for name, result in rank["sync"].items() if "/" in name}
+        assert len(variants) >= 3
+        for result in variants.values():
+            assert same(result["negated"], {name: -tensor for name, tensor in result["held"].items()})
+            assert same(result["put back"], result["held"])
+
+
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
