@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState, checkpoints_of, read_state
@@ -18,11 +20,13 @@ from grpo_ds.estimators import REGISTRY as ESTIMATORS
 from grpo_ds.estimators import estimator_options, get_estimator
 from grpo_ds.filters import REGISTRY as FILTERS
 from grpo_ds.filters import get_filter
+from grpo_ds.lora import find_targets
 from grpo_ds.losses import REGISTRY as LOSSES
 from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
 from grpo_ds.rewards import function_names
 from grpo_ds.runlog import new_run_folder
+from grpo_ds.samples import AdvantageStage
 from grpo_ds.sync.transport import Transport, choose_transport, urls_of_node
 
 
@@ -49,6 +53,18 @@ def build_estimator(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
             f"least {needs['min_group_size']} of them: rollout.n is {recipe.rollout.n}"
         )
     return estimator, needs
+
+
+def build_advantage_stage(recipe: Recipe, estimator: Any, needs: dict[str, Any], ranks: Ranks) -> AdvantageStage:
+    """The estimator, with what it says it needs."""
+    return AdvantageStage(
+        estimator,
+        mask_truncated=recipe.algorithm.mask_truncated_responses,
+        greedy_baseline=bool(needs["greedy_baseline"]),
+        min_group_size=int(needs["min_group_size"]),
+        functions=tuple(function_names(recipe.reward.functions)) if needs["per_function_rewards"] else None,
+        all_reduce=partial(ranks.sum, what="estimator") if needs["whole_batch"] else None,
+    )
 
 
 def build_policy_loss(recipe: Recipe) -> Any:
@@ -86,6 +102,16 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise _no_tokenizer(path, "there are no tokenizer files")
     return tokenizer
+
+
+def check_lora(path: str, model: ModelConfig) -> None:
+    """Refuses adapters that do not fit the model, before its weights are read."""
+    if not model.lora.rank:
+        return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    find_targets(empty, model.lora.targets)
 
 
 def _no_tokenizer(path: str, reason: str) -> RecipeError:

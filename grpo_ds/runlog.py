@@ -177,6 +177,7 @@ def settings_that_must_match(recipe: Recipe, fingerprint: str) -> dict[str, Any]
     tree = asdict(recipe)
     keys = (
         "model.path",
+        "model.lora",
         "rollout.n",
         "train.seed",
         "train.prompts_per_round",

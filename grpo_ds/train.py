@@ -14,7 +14,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo_ds.config import Recipe, RecipeError
 from grpo_ds.processes import (
@@ -27,9 +27,6 @@ from grpo_ds.processes import (
     stop_requested,
 )
 from grpo_ds.recipe import read_recipe, resolve_path
-
-if TYPE_CHECKING:
-    from grpo_ds.samples import AdvantageStage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,6 +139,7 @@ class Run:
         self.policy_loss, self.filter = build.build_policy_loss(recipe), build.build_filter(recipe)
         self.model_path = str(resolve_path(recipe.model.path, self.bases) or recipe.model.path)
         self.tokenizer = build.load_tokenizer(self.model_path, recipe.model)
+        build.check_lora(self.model_path, recipe.model)
         if self.ranks.leads_node:
             build.check_engine(recipe, self.model_path)
             self.prompts = PromptStream(self.rows, self.tokenizer, recipe.data, recipe.train.seed)
@@ -188,7 +186,8 @@ class Run:
         """The actor's ZeRO-3 engine, and the reference's ZeRO-Inference engine where a KL coefficient asks for it."""
         from grpo_ds.actor import backend
         from grpo_ds.actor.ds_json import actor_config, reference_config
-        from grpo_ds.actor.policy import Policy, Scorer
+        from grpo_ds.actor.policy import Policy, Scorer, WithoutAdapters
+        from grpo_ds.lora import add_adapters
 
         recipe, world = self.recipe, self.ranks.world
         device = backend.device(self.ranks)
@@ -200,17 +199,21 @@ class Run:
             # Only the universal form of a checkpoint can be read by another number of ranks.
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         model = backend.load_model(recipe.model, self.model_path, self.dtype, config)
+        add_adapters(model, recipe.model.lora, recipe.train.seed)
         self.hf_config = model.config
         self.policy = Policy(make(model, config, actor=recipe.actor), device, recipe.actor, world)
-        self.reference = None
-        if recipe.actor.kl_loss_coef > 0:
+        self.reference: Scorer | None = None
+        named = recipe.reference.path
+        if recipe.actor.kl_loss_coef > 0 and recipe.model.lora.rank and not named:
+            self.reference = WithoutAdapters(self.policy.engine, device)
+        elif recipe.actor.kl_loss_coef > 0:
             config = reference_config(self.reference_json, dtype=self.dtype, world=world)
-            named = recipe.reference.path
             path = str(resolve_path(named, self.bases) or named) if named else self.model_path
             frozen = backend.load_model(recipe.model, path, self.dtype, config)
             self.reference = Scorer(make(frozen, config, actor=None), device)
 
     def _build_parts(self) -> None:
+        from grpo_ds import build
         from grpo_ds.actor import backend
         from grpo_ds.collect import Collector
         from grpo_ds.colocation import Colocation
@@ -259,7 +262,7 @@ class Run:
         self.parts = Parts(
             ranks=ranks,
             collector=self.collector,
-            advantage=self._advantage_stage(),
+            advantage=build.build_advantage_stage(recipe, self.estimator, self.needs, ranks),
             objective=Objective(self.policy_loss, recipe.actor, recipe.algorithm.importance),
             actor=self.policy,
             reference=self.reference,
@@ -271,21 +274,6 @@ class Run:
             after_round=self._after_round,
             colocation=Colocation(recipe.engine, ranks, self.engine, backend.free_device_memory if on_device else None),
             engine_faults=self.sampler.faults,
-        )
-
-    def _advantage_stage(self) -> AdvantageStage:
-        """The estimator, with what it says it needs."""
-        from grpo_ds.rewards import function_names
-        from grpo_ds.samples import AdvantageStage
-
-        needs, recipe = self.needs, self.recipe
-        return AdvantageStage(
-            self.estimator,
-            mask_truncated=recipe.algorithm.mask_truncated_responses,
-            greedy_baseline=bool(needs["greedy_baseline"]),
-            min_group_size=int(needs["min_group_size"]),
-            functions=tuple(function_names(recipe.reward.functions)) if needs["per_function_rewards"] else None,
-            all_reduce=partial(self.ranks.sum, what="estimator") if needs["whole_batch"] else None,
         )
 
     def _resume_or_begin(self) -> None:
@@ -307,6 +295,7 @@ class Run:
 
     def train(self) -> None:
         """The loop, with an evaluation before and after, and everything written at the end."""
+        from grpo_ds.actor.adapter import export_adapter
         from grpo_ds.loop import train
 
         recipe = self.recipe
@@ -322,6 +311,10 @@ class Run:
         written = {"rollouts": self.folder / "rollouts", "metrics": self.folder / "metrics.jsonl"}
         written["checkpoint"] = self._save(recipe.train.rounds, version)
         written["model"] = self._export()
+        if recipe.model.lora.rank:
+            written["adapter"] = export_adapter(
+                self.folder / "adapter", self.policy.engine.module, recipe.model, self.model_path, self.ranks
+            )
         whole = {k: int(self.totals[k]) for k in ("samples", "tokens_generated", "tokens_trained")}
         summary = {
             "heldout_before": self.totals.get("heldout_before"),
