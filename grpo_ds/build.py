@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState
@@ -19,6 +20,7 @@ from grpo_ds.estimators import REGISTRY as ESTIMATORS
 from grpo_ds.estimators import estimator_options, get_estimator
 from grpo_ds.filters import REGISTRY as FILTERS
 from grpo_ds.filters import get_filter
+from grpo_ds.lora import find_targets
 from grpo_ds.losses import REGISTRY as LOSSES
 from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
@@ -171,6 +173,16 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise _no_tokenizer(path, "there are no tokenizer files")
     return tokenizer
+
+
+def check_lora(path: str, model: ModelConfig) -> None:
+    """Refuses adapters that do not fit the model, before its weights are read."""
+    if not model.lora.rank:
+        return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    find_targets(empty, model.lora.targets)
 
 
 def _no_tokenizer(path: str, reason: str) -> RecipeError:

@@ -16,6 +16,7 @@ from grpo_ds.contradictions import contradictions
 from grpo_ds.errors import RecipeError as RecipeError
 from grpo_ds.errors import require as _require
 from grpo_ds.errors import require_positive
+from grpo_ds.lora_config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     trust_remote_code: bool = False
     """Run Python code that ships inside the model folder. Off, because it is arbitrary code."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters instead of all weights; engines and hf/ get the merged model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +224,7 @@ class ReferenceConfig:
     deepspeed: str = "zero_inference.json"
     """DeepSpeed's configuration of the frozen reference: a file of ds_configs/, or a path."""
     path: str | None = None
-    """Reference model; null: model.path."""
+    """Reference model; null: model.path, with LoRA the policy without its adapters, which takes no memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings of different sections that cannot stand together, each with the reason and what to do. No torch here."""
+"""Settings that cannot stand, each with the reason and what to do; most are in different sections. No torch here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _about_sampling(recipe)
     yield from _about_engine(recipe)
     yield from _about_sync_mode(recipe)
+    yield from _about_lora(recipe)
 
 
 def _about_sampling(recipe: Recipe) -> Iterator[str]:
@@ -70,3 +71,13 @@ def _about_sync_mode(recipe: Recipe) -> Iterator[str]:
             "sync.mode keep needs an engine that works beside the trainer, and engine.sleep takes its memory away: set "
             "sync.mode: abort"
         )
+
+
+def _about_lora(recipe: Recipe) -> Iterator[str]:
+    lora = recipe.model.lora
+    if lora.rank < 0:
+        yield "model.lora.rank must not be negative (0 switches LoRA off)"
+    if lora.alpha <= 0:
+        yield "model.lora.alpha must be positive"
+    if not lora.targets:
+        yield "model.lora.targets is empty: name at least one linear layer"

@@ -193,6 +193,7 @@ def settings_that_must_match(recipe: Recipe, fingerprint: str, *, greedy_baselin
     tree = asdict(recipe)
     keys = (
         "model.path",
+        "model.lora",
         "rollout.n",
         "rollout.temperature",
         "rollout.top_p",

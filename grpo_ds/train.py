@@ -93,6 +93,7 @@ class Run:
         build.check_heldout_metric(recipe)
         self.model_path = str(resolve_path(recipe.model.path, self.bases) or recipe.model.path)
         self.tokenizer = build.load_tokenizer(self.model_path, recipe.model)
+        build.check_lora(self.model_path, recipe.model)
         if self.ranks.leads_node:
             build.check_engine(recipe, self.model_path)
             self.prompts = PromptStream(self.rows, self.tokenizer, recipe.data, recipe.train.seed)
@@ -142,7 +143,8 @@ class Run:
         """The actor's ZeRO-3 engine, and the reference's ZeRO-Inference engine where a KL coefficient asks for it."""
         from grpo_ds.actor import backend
         from grpo_ds.actor.ds_json import actor_config, reference_config
-        from grpo_ds.actor.policy import Policy, Scorer
+        from grpo_ds.actor.policy import Policy, Scorer, WithoutAdapters
+        from grpo_ds.lora import add_adapters
         from grpo_ds.sync.transport import shares_devices
 
         recipe, world = self.recipe, self.ranks.world
@@ -158,14 +160,17 @@ class Run:
             # Only the universal form of a checkpoint can be read by another number of ranks.
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         model = backend.load_model(recipe.model, self.model_path, self.dtype, config)
+        add_adapters(model, recipe.model.lora, recipe.train.seed)
         if recipe.model.gradient_checkpointing:
             backend.recompute_activations(model)
         self.hf_configs: dict[str, Any] = {"config": model.config, "generation_config": model.generation_config}
         self.policy = Policy(make(model, config, actor=recipe.actor), device, recipe.actor, world)
-        self.reference = None
-        if recipe.actor.kl_loss_coef > 0:
+        self.reference: Scorer | None = None
+        named = recipe.reference.path
+        if recipe.actor.kl_loss_coef > 0 and recipe.model.lora.rank and not named:
+            self.reference = WithoutAdapters(self.policy.engine, device)
+        elif recipe.actor.kl_loss_coef > 0:
             config = reference_config(self.reference_json, dtype=self.dtype, world=world)
-            named = recipe.reference.path
             path = str(resolve_path(named, self.bases) or named) if named else self.model_path
             frozen = backend.load_model(recipe.model, path, self.dtype, config)
             self.reference = Scorer(make(frozen, config, actor=None), device)
@@ -294,11 +299,17 @@ class Run:
 
     def _finish(self) -> None:
         """Checkpoint first, summary last: whenever the run is killed, the same command goes on from there."""
+        from grpo_ds.actor.adapter import export_adapter
+
         path = self.checkpoint if self.done == self.state.round else None
         written = {"rollouts": self.folder / "rollouts", "metrics": self.folder / "metrics.jsonl"}
         written["checkpoint"] = path or self._save()
         self._evaluate("heldout_after", f"after {self.done} rounds")
         written["model"] = self._export()
+        if self.recipe.model.lora.rank:
+            written["adapter"] = export_adapter(
+                self.folder / "adapter", self.policy.engine.module, self.recipe.model, self.model_path, self.ranks
+            )
         whole = {k: int(self.totals[k]) for k in ("samples", "tokens_generated", "tokens_trained")}
         at = {k.removeprefix("heldout_at_"): v for k, v in self.totals.items() if k.startswith("heldout_at_")}
         summary = {

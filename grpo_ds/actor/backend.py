@@ -155,9 +155,10 @@ def _optimizer(module: nn.Module, actor: ActorConfig, config: dict[str, Any]) ->
         "eps": actor.adam_eps,
         "weight_decay": actor.weight_decay,
     }
+    trained = [param for param in module.parameters() if param.requires_grad]
     if offload != "none":
-        return DeepSpeedCPUAdam(module.parameters(), **options)
-    return torch.optim.AdamW(module.parameters(), fused=True, **options)
+        return DeepSpeedCPUAdam(trained, **options)
+    return torch.optim.AdamW(trained, fused=True, **options)
 
 
 def build_engine(

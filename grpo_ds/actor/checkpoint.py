@@ -1,9 +1,9 @@
 """Checkpoints: everything the loop needs to go on as if it had not stopped.
 
-A checkpoint is DeepSpeed's own (weights, optimizer), `trainer.json` (round, policy version, prompt cursor, prompts in
-flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a temporary name and
-renamed, so a folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are functions of
-train.seed and the round, and torch is seeded from them at each round.
+A checkpoint is DeepSpeed's own (trained weights, optimizer), `trainer.json` (round, policy version, prompt cursor,
+prompts in flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a
+temporary name and renamed, so a folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are
+functions of train.seed and the round, and torch is seeded from them at each round.
 
 Bytes at 70B: 14 B a parameter (bf16 weights, fp32 master and two moments), written by all ranks in parallel: 1.9 GB a
 rank on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of
@@ -71,7 +71,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.barrier("checkpoint folder")
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     if carried is not None:
         write_groups(partial / f"carried-{ranks.node}.jsonl", carried)
     if ranks.is_main:
@@ -119,7 +119,9 @@ def load_checkpoint(checkpoint: Path, engine: Any, ranks: Ranks) -> list[Group]:
             if hasattr(state.get("step"), "clone"):
                 state["step"] = state["step"].clone()
     else:
-        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        # Frozen weights are those of model.path, and not in the checkpoint.
+        whole = all(param.requires_grad for param in engine.module.parameters())
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=whole)
     if path is None:
         raise RecipeError(f"{checkpoint}: DeepSpeed found no weights in it: remove the folder and resume again")
     if not ranks.leads_node:

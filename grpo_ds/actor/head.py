@@ -30,18 +30,21 @@ class _TokenLogProbs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _entropy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _entropy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # Frozen where only adapters are trained.
+        learns = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learns else None
         for rows in torch.arange(targets.numel(), device=hidden.device).split(ctx.chunk):
             # d logp_target / d logits = (one_hot(target) - softmax) / temperature
             d = (hidden[rows] @ weight.t()).float().div_(ctx.temperature).softmax(-1).neg_()
             d.scatter_add_(1, targets[rows, None], torch.ones_like(d[:, :1]))
             d = (d * (grad[rows, None] / ctx.temperature)).to(hidden.dtype)
             grad_hidden[rows] = d @ weight
-            grad_weight += d.t() @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            if grad_weight is not None:
+                grad_weight += d.t() @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 class TokenLogProbs(nn.Module):

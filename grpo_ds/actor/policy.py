@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.config import ActorConfig
+from grpo_ds.lora import adapters_off
 
 if TYPE_CHECKING:
     from grpo_ds.batching import MicroBatch
@@ -48,6 +49,20 @@ class Scorer:
         finally:
             hook.remove()
         return seen[0]
+
+
+class WithoutAdapters(Scorer):
+    """The reference of a LoRA policy: the same weights, the adapters off."""
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """As `Scorer.forward`."""
+        with adapters_off(self.engine.module):
+            return super().forward(micro)
+
+    def logprobs(self, micro: MicroBatch, autocast: torch.dtype | None = None) -> Tensor:
+        """As `Scorer.logprobs`."""
+        with adapters_off(self.engine.module):
+            return super().logprobs(micro, autocast)
 
 
 def _inputs(micro: MicroBatch) -> tuple[Tensor | None, ...]:

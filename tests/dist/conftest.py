@@ -43,6 +43,12 @@ def world_2(folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
+def resumed(world_2: list[Any], folder: Path) -> list[Any]:
+    """New processes that go on from the checkpoints of `world_2`."""
+    return launch("tests.dist.workers:resume", 2, folder)
+
+
+@pytest.fixture(scope="session")
 def world_4(folder: Path) -> list[Any]:
     """Four ranks as two nodes of two."""
     return launch("tests.dist.workers:main", 4, folder, local_world=2)

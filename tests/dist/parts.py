@@ -17,8 +17,9 @@ from grpo_ds.actor import backend
 from grpo_ds.actor.ds_json import actor_config, load_ds_json, reference_config
 from grpo_ds.actor.policy import Policy, Scorer
 from grpo_ds.batching import SampleSize, UpdatePlan, collate, plan_updates
-from grpo_ds.config import ActorConfig, ImportanceConfig, ModelConfig
+from grpo_ds.config import ActorConfig, ImportanceConfig, LoraConfig, ModelConfig
 from grpo_ds.dist import Ranks
+from grpo_ds.lora import add_adapters
 from grpo_ds.losses import get_policy_loss
 from grpo_ds.objective import Objective
 from grpo_ds.shards import PREFIX
@@ -53,11 +54,13 @@ def model_config(path: Path, dtype: str) -> ModelConfig:
 
 def make_policy(
     folder: Path, ranks: Ranks, actor: ActorConfig, *, model: str = "untied", config: str = "partitioned",
-    dtype: str = "float32", recompute: bool = False,
+    dtype: str = "float32", recompute: bool = False, lora: LoraConfig | None = None, universal: bool = False,
 ) -> Policy:  # fmt: skip
-    """The trainer's own path from a model folder to a policy."""
+    """The trainer's own path from a model folder to a policy. universal: for checkpoints of another number of ranks."""
     full = actor_config(json_of(config), dtype=dtype, grad_clip=actor.grad_clip, world=ranks.world)
+    full |= {"checkpoint": {"load_universal": True}} if universal else {}
     loaded = backend.load_model(model_config(folder / model, dtype), str(folder / model), dtype, full)
+    add_adapters(loaded, lora or LoraConfig(), seed=5)
     if recompute:
         backend.recompute_activations(loaded)
     engine = backend.build_engine(loaded, full, temperature=TEMPERATURE, chunk=5, actor=actor)
@@ -126,9 +129,61 @@ def reordered(plan: UpdatePlan, seed: int) -> UpdatePlan:
     return replace(plan, micro_batches=tuple(micros[k : k + each] for k in range(0, len(micros), each)))
 
 
+def _order(case: GradientCase) -> list[int]:
+    count = cases.FEW if case.few else len(GROUPS)
+    if not case.shuffle:
+        return list(range(count))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(case.shuffle)).tolist()
+
+
+def step_gradient(
+    case: GradientCase, policy: Policy, ranks: Ranks, raw: Raw
+) -> tuple[list[dict[str, Tensor]], list[float], list[UpdatePlan]]:
+    """One optimizer step's gradient by the trainer's parts."""
+    order = _order(case)
+    raw = [raw[i] for i in order]
+    (plan,) = make_plan(raw, [GROUPS[i] for i in order], ranks, case.budget, case.layout, len(GROUPS))
+    if case.shuffle:
+        plan = reordered(plan, case.shuffle)
+    objective = make_objective(case)
+    for micro in plan.micro_batches[ranks.rank]:
+        batch = collate([cases.as_sample(raw[i], i) for i in micro], case.layout)  # type: ignore[arg-type]
+        logprobs, entropy = policy.forward(batch)
+        totals = plan.totals
+        if case.mistake == "local_totals":
+            totals = replace(totals, tokens=max(1, logprobs.numel()), sequences=max(1, len(micro)))
+        share, _ = objective(
+            logprobs,
+            entropy,
+            batch,
+            totals,
+            version=0,
+            old_logprobs=per_token(raw, micro, "old") if case.old else None,
+            ref_logprobs=per_token(raw, micro, "ref") if case.kl else None,
+            kl_coef=KL_COEF,
+        )
+        if case.mistake == "unscaled":
+            policy.engine.backward(share, scale_wrt_gas=False)
+        else:
+            policy.backward(share)
+    return [gradient_of(policy)], [policy.step()], [plan]
+
+
+def logprobs_of(scorer: Scorer, raw: Raw, ranks: Ranks, layout: Any = "padded") -> dict[int, Tensor]:
+    """{sample: log-probabilities} of the samples on this rank."""
+    (plan,) = make_plan(raw, GROUPS, ranks, 64, layout, len(GROUPS))
+    found: dict[int, Tensor] = {}
+    for micro in plan.micro_batches[ranks.rank]:
+        values = scorer.logprobs(collate([cases.as_sample(raw[i], i) for i in micro], layout))
+        assert not values.requires_grad
+        parts = values.split([int(raw[i]["response_mask"].sum()) for i in micro]) if micro else ()
+        found |= {i: part.clone() for i, part in zip(micro, parts, strict=True)}
+    return found
+
+
 def gradient_of(policy: Policy) -> dict[str, Tensor]:
     """The accumulated gradient under ZeRO-3, whole, on every rank; one collective, not one a parameter."""
-    named = [(name.removeprefix(PREFIX), p) for name, p in policy.engine.module.named_parameters()]
+    named = trained(policy)
     shards = [safe_get_local_grad(p).flatten().cpu() for _, p in named]
     ranks = torch.empty(policy.world * sum(shard.numel() for shard in shards))
     deepspeed.comm.all_gather_into_tensor(ranks, torch.cat(shards))
@@ -141,8 +196,13 @@ def gradient_of(policy: Policy) -> dict[str, Tensor]:
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
     """The float32 master weights, whole, on every rank."""
+    return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in trained(policy)}
+
+
+def trained(policy: Policy) -> list[tuple[str, Any]]:
+    """The parameters that are not frozen, with their names."""
     named = policy.engine.module.named_parameters()
-    return {name.removeprefix(PREFIX): safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named}
+    return [(name.removeprefix(PREFIX), param) for name, param in named if param.requires_grad]
 
 
 def gathered(policy: Policy) -> dict[str, Tensor]:

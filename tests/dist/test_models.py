@@ -138,9 +138,8 @@ def test_an_exported_folder_loads_in_transformers_with_the_policys_exact_weights
 # ---- checkpoints ----
 
 
-def test_new_processes_that_load_a_checkpoint_go_on_bit_for_bit(world_2: list[Any], folder: Path) -> None:
+def test_new_processes_that_load_a_checkpoint_go_on_bit_for_bit(world_2: list[Any], resumed: list[Any]) -> None:
     saved = [rank["checkpoint"] for rank in world_2]
-    resumed = launch("tests.dist.workers:resume", 2, folder)
     for before, after in zip(saved, resumed, strict=True):
         assert not _equal(after["fresh"], before["at_save"]), "the fresh model must differ for loading to be seen"
         assert _equal(after["loaded"], before["at_save"])

@@ -18,21 +18,18 @@ from grpo_ds.actor.policy import Policy
 from grpo_ds.batching import UpdatePlan, collate
 from grpo_ds.dist import Ranks
 from grpo_ds.estimators import get_estimator
-from tests.dist import cases
+from tests.dist import adapters, cases
 from tests.dist.cases import GROUPS, KL_COEF, GradientCase
 from tests.dist.memory import pieces, recomputation
 from tests.dist.parts import (
     MOVING,
     STILL,
     Raw,
-    gradient_of,
-    make_objective,
-    make_plan,
+    logprobs_of,
     make_policy,
     make_scorer,
-    per_token,
-    reordered,
     run_round,
+    step_gradient,
     weights_of,
 )
 from tests.dist.publication import export, sync
@@ -53,6 +50,7 @@ def main(folder: Path) -> dict[str, Any]:
         "sync": sync,
         "export": export,
         "checkpoint": checkpoint_save,
+        "lora": adapters.train,
     }
     results: dict[str, Any] = {}
     seconds = {}
@@ -93,50 +91,10 @@ def gradients(folder: Path, ranks: Ranks, wanted: Sequence[GradientCase] | None 
         if case.kl == "reward":
             found, norms, plans = round_gradients(case, policies[key], frozen, ranks, rollouts)
         else:
-            found, norms, plans = _gradient(case, policies[key], ranks, raw)
+            found, norms, plans = step_gradient(case, policies[key], ranks, raw)
         sizes = [[[len(micro) for micro in rank] for rank in plan.micro_batches] for plan in plans]
         results[case.name] = {"gradients": found if ranks.is_main else [], "norms": norms, "micro_batches": sizes}
     return results
-
-
-def _order(case: GradientCase) -> list[int]:
-    count = cases.FEW if case.few else len(GROUPS)
-    if not case.shuffle:
-        return list(range(count))
-    return torch.randperm(count, generator=torch.Generator().manual_seed(case.shuffle)).tolist()
-
-
-def _gradient(
-    case: GradientCase, policy: Policy, ranks: Ranks, raw: Raw
-) -> tuple[list[dict[str, Tensor]], list[float], list[UpdatePlan]]:
-    """One optimizer step's gradient by the trainer's parts."""
-    order = _order(case)
-    raw = [raw[i] for i in order]
-    (plan,) = make_plan(raw, [GROUPS[i] for i in order], ranks, case.budget, case.layout, len(GROUPS))
-    if case.shuffle:
-        plan = reordered(plan, case.shuffle)
-    objective = make_objective(case)
-    for micro in plan.micro_batches[ranks.rank]:
-        batch = collate([cases.as_sample(raw[i], i) for i in micro], case.layout)  # type: ignore[arg-type]
-        logprobs, entropy = policy.forward(batch)
-        totals = plan.totals
-        if case.mistake == "local_totals":
-            totals = replace(totals, tokens=max(1, logprobs.numel()), sequences=max(1, len(micro)))
-        share, _ = objective(
-            logprobs,
-            entropy,
-            batch,
-            totals,
-            version=0,
-            old_logprobs=per_token(raw, micro, "old") if case.old else None,
-            ref_logprobs=per_token(raw, micro, "ref") if case.kl else None,
-            kl_coef=KL_COEF,
-        )
-        if case.mistake == "unscaled":
-            policy.engine.backward(share, scale_wrt_gas=False)
-        else:
-            policy.backward(share)
-    return [gradient_of(policy)], [policy.step()], [plan]
 
 
 def optimizer_steps(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -161,15 +119,7 @@ def reference(folder: Path, ranks: Ranks) -> dict[str, Any]:
     for name in ("zero_inference.json", "partitioned", "zero_inference_offload.json"):
         scorer = make_scorer(folder, ranks, "untied", name)
         for layout in ("padded", "packed"):
-            (plan,) = make_plan(raw, GROUPS, ranks, 64, layout, len(GROUPS))
-            found: dict[int, Tensor] = {}
-            for micro in plan.micro_batches[ranks.rank]:
-                batch = collate([cases.as_sample(raw[i], i) for i in micro], layout)
-                values = scorer.logprobs(batch)
-                assert not values.requires_grad
-                parts = values.split([int(raw[i]["response_mask"].sum()) for i in micro]) if micro else ()
-                found |= {i: part.clone() for i, part in zip(micro, parts, strict=True)}
-            results[f"{name}/{layout}"] = found
+            results[f"{name}/{layout}"] = logprobs_of(scorer, raw, ranks, layout)
     return results
 
 
@@ -264,5 +214,6 @@ def resume(folder: Path) -> dict[str, Any]:
     loaded = weights_of(policy)
     losses = _train(policy, ranks, raw, 2)
     weights = weights_of(policy)
+    lora = adapters.resume(folder, ranks)
     ranks.close()
-    return {"fresh": fresh, "loaded": loaded, "losses": losses, "weights": weights}
+    return {"lora": lora, "fresh": fresh, "loaded": loaded, "losses": losses, "weights": weights}

@@ -29,7 +29,7 @@ OUTSIDE = {
     "pebble": ["grpo_ds/rewards/processes.py", "grpo_ds/rewards/scoring.py"],
     "psutil": ["grpo_ds/doctor.py"],
     "pyarrow": ["grpo_ds/prompts.py"],
-    "safetensors": ["grpo_ds/samples.py"],
+    "safetensors": ["grpo_ds/actor/adapter.py", "grpo_ds/samples.py"],
     "sglang": ["grpo_ds/engine/sglang_sampler.py", "grpo_ds/engine/sglang_serve.py"],
     "tokenizers": ["grpo_ds/demo.py"],
     "torchvision": ["grpo_ds/engine/sglang_serve.py"],
@@ -56,6 +56,7 @@ SHARED = [
     "grpo_ds.dist",
     "grpo_ds.peers",
     "grpo_ds.records",
+    "grpo_ds.lora",
     "grpo_ds.shards",
 ]
 STAGES = ["prompts", "rewards", "filters", "estimators", "losses", "batching", "engine", "actor", "sync"]
