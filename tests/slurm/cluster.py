@@ -206,9 +206,9 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, cwd: Path, *options: str, arguments: list[str], nodes: str = "2", tasks: int = 1) -> Job:
-        """sbatch launch/slurm.sbatch with so many tasks a node."""
-        return self._submit(cwd, f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *options, "slurm.sbatch", *arguments)
+    def submit(self, cwd: Path, *options: str, arguments: list[str]) -> Job:
+        """sbatch launch/slurm.sbatch on both nodes with one task each."""
+        return self._submit(cwd, "--nodes=2", "--ntasks-per-node=1", *options, "slurm.sbatch", *arguments)
 
     def submit_with_engines(self, cwd: Path, arguments: list[str]) -> Job:
         """sbatch launch/slurm_engines.sbatch: one node trains, the other one serves."""
