@@ -55,7 +55,10 @@ SlurmdSpoolDir={state}/%n
 SlurmdPidFile={state}/%n.pid
 SlurmdLogFile={state}/%n.log
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -136,7 +139,7 @@ class Cluster:
         """Both nodes are ready for jobs."""
 
         def idle() -> bool:
-            done = self.command("sinfo", "-h", "-N", "-o", "%N %T", check=False)
+            done = self.command("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False)
             return sorted(done.split()) == ["idle", "idle", *NODES]
 
         wait_for(f"both nodes idle; see {self.folder}/*.log", idle, START_S)
