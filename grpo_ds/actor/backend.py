@@ -31,14 +31,14 @@ def device_kind() -> str:
     return str(get_accelerator().device_name())
 
 
-def device_count() -> int:
-    """Devices that this process may use."""
-    return int(get_accelerator().device_count())
-
-
 def device(ranks: Ranks) -> torch.device:
     """This rank's device."""
     return torch.device(get_accelerator().device_name(ranks.local_rank) if device_kind() != "cpu" else "cpu")
+
+
+def device_count() -> int:
+    """Devices that this process may use."""
+    return int(get_accelerator().device_count())
 
 
 def resolve_dtype(model: ModelConfig) -> str:
