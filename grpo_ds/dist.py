@@ -220,21 +220,27 @@ class Ranks:
         return time.monotonic() - started
 
     def seconds_from_node_before(self, nbytes: int) -> float:
-        """In which so many bytes came here from the node before, all nodes sending at once; 0 where there is none.
+        """In which so many bytes came here from the node before; 0 where there is none, and on ranks that lead no node.
 
-        The leads' business; the other ranks call it too.
+        Every other node sends, then the rest: what a slow card sends would hold up its acknowledgements as well.
         """
-        self.barrier("way between nodes")
-        if self.nodes == 1 or not self.leads_node:
-            return 0.0
-        before, after = ((self.node + k) % self.nodes * self.local_world for k in (-1, 1))
-        started = time.monotonic()
-        with self._speaking("send (way between nodes)"):
-            sent = dist.isend(torch.zeros(nbytes, dtype=torch.uint8), after, group=self._group)
-            dist.recv(torch.empty(nbytes, dtype=torch.uint8), before, group=self._group)
-            seconds = time.monotonic() - started
-            if sent is not None:
-                sent.wait()
+        before, after = ((self.node + k) % self.nodes for k in (-1, 1))
+        seconds = 0.0
+        for turn in (0, 1):
+            self.barrier("way between nodes")
+            if self.nodes == 1 or not self.leads_node:
+                continue
+            with self._speaking("send (way between nodes)"):
+                started = time.monotonic()
+                sent = None
+                if self.node % 2 == turn:
+                    whole = torch.zeros(nbytes, dtype=torch.uint8)
+                    sent = dist.isend(whole, after * self.local_world, group=self._group)
+                if before % 2 == turn:
+                    dist.recv(torch.empty(nbytes, dtype=torch.uint8), before * self.local_world, group=self._group)
+                    seconds = time.monotonic() - started
+                if sent is not None:
+                    sent.wait()
         return seconds
 
     def all_gather(self, value: Any, what: str) -> list[Any]:

@@ -79,7 +79,7 @@ done
 # Two halves side by side: most of an engine's or a rank's start is one thread importing, and SLURM waits a lot.
 case "${suites[*]}" in
     fast) all=tests half=(tests/e2e tests/dist) ;;
-    slurm) all=tests/slurm half=(tests/slurm/test_jobs.py) ;;
+    slurm) all=tests/slurm half=(tests/slurm/test_quick_start.py tests/slurm/test_engine_nodes.py) ;;
     *) all=tests half=() ;;
 esac
 if [ ${#half[@]} = 0 ] || [ $# -gt 0 ]; then

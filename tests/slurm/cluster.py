@@ -55,7 +55,10 @@ SlurmdSpoolDir={state}/%n
 SlurmdPidFile={state}/%n.pid
 SlurmdLogFile={state}/%n.log
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -136,7 +139,7 @@ class Cluster:
         """Both nodes are ready for jobs."""
 
         def idle() -> bool:
-            done = self.command("sinfo", "-h", "-N", "-o", "%N %T", check=False)
+            done = self.command("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False)
             return sorted(done.split()) == ["idle", "idle", *NODES]
 
         wait_for(f"both nodes idle; see {self.folder}/*.log", idle, START_S)
@@ -206,9 +209,9 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, cwd: Path, *options: str, arguments: list[str], nodes: str = "2", tasks: int = 1) -> Job:
-        """sbatch launch/slurm.sbatch with so many tasks a node."""
-        return self._submit(cwd, f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *options, "slurm.sbatch", *arguments)
+    def submit(self, cwd: Path, *options: str, arguments: list[str]) -> Job:
+        """sbatch launch/slurm.sbatch on both nodes with one task each."""
+        return self._submit(cwd, "--nodes=2", "--ntasks-per-node=1", *options, "slurm.sbatch", *arguments)
 
     def submit_with_engines(self, cwd: Path, arguments: list[str]) -> Job:
         """sbatch launch/slurm_engines.sbatch: one node trains, the other one serves."""

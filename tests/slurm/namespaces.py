@@ -98,7 +98,12 @@ def rank(number: int, **more: str) -> dict[str, str]:
     return environment(**place, MASTER_ADDR=ADDRESSES[0], MASTER_PORT=PORT, **more)
 
 
-def together(commands: Sequence[Sequence[str]], cwd: Path, environments: Sequence[dict[str, str]]) -> list[str]:
+def together(
+    commands: Sequence[Sequence[str]],
+    cwd: Path,
+    environments: Sequence[dict[str, str]],
+    timeout_s: float = TOGETHER_S,
+) -> list[str]:
     """Runs the commands at the same time; returns what each printed."""
     with ExitStack() as files:
         outputs = [files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in commands]
@@ -115,7 +120,7 @@ def together(commands: Sequence[Sequence[str]], cwd: Path, environments: Sequenc
             )
             for command, env, out in zip(commands, environments, outputs, strict=True)
         ]
-        deadline = time.monotonic() + TOGETHER_S
+        deadline = time.monotonic() + timeout_s
         while any(process.poll() is None for process in started) and time.monotonic() < deadline:
             time.sleep(0.1)
         late = [process for process in started if process.poll() is None]
@@ -126,7 +131,7 @@ def together(commands: Sequence[Sequence[str]], cwd: Path, environments: Sequenc
         for out in outputs:
             out.seek(0)
             screens.append(out.read())
-    assert not late, f"not done within {TOGETHER_S:g} s:\n" + "\n".join(screens)
+    assert not late, f"not done within {timeout_s:g} s:\n" + "\n".join(screens)
     return screens
 
 
@@ -135,6 +140,20 @@ def hostfile(folder: Path) -> str:
     file = folder / "hostfile"
     file.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     return str(file)
+
+
+MASTER = ["--master-addr", ADDRESSES[0], "--master-port", PORT]
+
+
+def torchrun(node: int) -> list[str]:
+    """The launcher's part of the command line on a node."""
+    return [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), *MASTER]
+
+
+def deepspeed(folder: Path, *how: str) -> list[str]:
+    """The same with deepspeed, whose hostfile comes to lie in `folder`."""
+    words = [word.replace("-addr", "_addr").replace("-port", "_port") for word in MASTER]
+    return [str(BIN / "deepspeed"), "--hostfile", hostfile(folder), *how, *words]
 
 
 def program(name: str, package: str) -> str:

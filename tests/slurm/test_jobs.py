@@ -4,64 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.harness import run
 from tests.slurm.cluster import Cluster, Job, variable, wait_for
 from tests.slurm.pace import Pace
-from tests.slurm.watching import ENDS_S, START_S, is_rank, metrics, nothing_left, wait_rounds
+from tests.slurm.watching import ENDS_S, START_S, is_rank, metrics, nothing_left, same, wait_rounds
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-
-EXACT = ("loss", "reward", "score_all", "kept_groups", "dropped_groups", "tokens_trained")
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for key in EXACT:
-        assert other[key] == pytest.approx(one[key], abs=1e-5), key
-    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
 def queued_again(job: Job) -> None:
     wait_for(f"job {job.number} queued again:\n{job.screen}", lambda: job.state == "PENDING", 120)
     assert job.show("Restarts") == "1"
     nothing_left(job)
-
-
-def mean(rounds: Sequence[dict[str, Any]], key: str) -> float:
-    return sum(m[key] for m in rounds) / len(rounds)
-
-
-def test_the_quick_start_learns_on_two_nodes_with_an_engine_each_as_on_one_node(
-    cluster: Cluster, home: Path, tmp_path: Path
-) -> None:
-    """vLLM on both nodes; the first step's losses are those of one node with two ranks and one engine."""
-    quick_start = ["--recipe", "quickstart.yaml", "--train.checkpoint_every", "0", "--actor.lr_warmup_steps", "2"]
-    job = cluster.submit(home, arguments=[*quick_start, "--train.rounds", "10"])
-    assert job.wait(2 * START_S) == "COMPLETED", job.screen
-    nothing_left(job)
-    (tmp_path / "one").mkdir()
-    one_node = run([*quick_start, "--train.rounds", "1", "--data.heldout", "null"], tmp_path / "one", "deepspeed")
-    assert one_node.process.returncode == 0, one_node.screen
-
-    same(metrics(one_node)[0], metrics(job)[0])
-    first, last = metrics(job)[:5], metrics(job)[-5:]
-    assert mean(last, "score_all") > mean(first, "score_all") + 0.1
-    summary = json.loads((job.folder / "summary.json").read_text())
-    assert summary["heldout_after"] > summary["heldout_before"] + 0.1
-    assert all(m["logprob_gap"] < 1e-3 for m in metrics(job))
-    assert json.loads((job.folder / "manifest.json").read_text())["ranks"] == 2
-    servers = sorted(file.parent.name for file in (job.folder / "logs").glob("*/vllm_server.log"))
-    assert servers == ["node-0", "node-1"]
-    nodes = {file.stem.rpartition("-")[2] for file in (job.folder / "rollouts").iterdir()}
-    assert nodes == {"0", "1"}, "each node generated its share"
-    logs = home / "runs" / "slurm" / job.number
-    assert sorted(file.name for file in logs.iterdir()) == ["node-0.log", "node-1.log"]
-    assert "round   10/10" in (logs / "node-0.log").read_text()
 
 
 def test_two_jobs_at_once_of_which_slurm_stops_one_before_its_time_limit_and_a_user_cancels_the_other(
@@ -118,35 +75,35 @@ def test_two_jobs_at_once_of_which_slurm_stops_one_before_its_time_limit_and_a_u
 def test_a_lost_node_ends_the_job_which_goes_on_with_what_is_left(
     cluster: Cluster, home: Path, recipe: Path, pace: Pace
 ) -> None:
-    """n2 disappears for good: the ranks of n1 name it and end, the job is queued again and finishes on one node.
+    """n2 disappears for good: the rank of n1 names it and ends, the job is queued again and finishes on one node.
 
-    Who queues it again, the script that asks all nodes or SLURM that misses one, is a matter of seconds. It asked for
-    one or two nodes of two ranks, and that it gets a few variables only.
+    Who queues it again, the script that asks all nodes or SLURM that misses one, is a matter of seconds; the script says
+    that one node will do. The job asked for a few variables only.
     """
-    rounds = 10
+    rounds = 12
     pace.slow()
     arguments = ["--recipe", str(recipe), "--train.rounds", str(rounds), "--train.checkpoint_every", "1"]
     export = ",".join(["PATH", "SLURM_CONF", "GRPO_DS_PYTHON", "GRPO_DS_SLURM_TEST", "OMP_NUM_THREADS"])
-    job = cluster.submit(home, f"--export={export}", nodes="1-2", tasks=2, arguments=arguments)
+    job = cluster.submit(home, f"--export={export}", arguments=arguments)
     wait_rounds(job, 2)
     assert job.show("NumNodes") == "2"
     survivors = [p for p in job.processes() if variable(p, "SLURMD_NODENAME") == "n1" and is_rank(p)]
     started = time.monotonic()
     victims = cluster.lose_node("n2")
-    assert len(survivors) == 2 and victims
+    assert len(survivors) == 1 and victims
     wait_for("the end of all ranks", lambda: not any(p.is_running() for p in survivors), 60)
     assert time.monotonic() - started < 60
     queued_again(job)
     done = job.rounds()
     assert done < rounds
-    assert "stopped: " in job.screen and "no answer from ranks 2, 3 on n2" in job.screen, "they name the lost node"
+    assert "stopped: " in job.screen and "no answer from rank 1 on n2" in job.screen, "the rank names the lost node"
     wait_for("SLURM to notice", lambda: "n2 down" in cluster.command("sinfo", "-h", "-N", "-o", "%N %T"), 120)
     pace.free()
     job.start_now()
     assert job.wait(START_S) == "COMPLETED", job.screen
     assert job.show("NumNodes") == "1"
     assert [m["round"] for m in metrics(job)] == list(range(rounds))
-    assert json.loads((job.folder / "manifest.json").read_text())["ranks"] == 2
+    assert json.loads((job.folder / "manifest.json").read_text())["ranks"] == 1
 
 
 def test_a_wrong_recipe_fails_at_once_and_is_not_queued_again(cluster: Cluster, home: Path) -> None:

@@ -1,8 +1,10 @@
-"""Two nodes with addresses of their own: through torchrun and deepspeed they learn what one node learns; one is lost."""
+"""Two nodes with addresses of their own: they learn what one node learns, and one of them is lost."""
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,75 +15,49 @@ from tests.e2e.harness import Launched, read_jsonl
 from tests.slurm.cluster import ROOT
 from tests.slurm.namespaces import (
     ADDRESSES,
-    BIN,
     PORT,
     TOGETHER_S,
     WIRE,
+    deepspeed,
     environment,
-    hostfile,
     inside,
     program,
     rank,
     ssh_servers,
     together,
 )
+from tests.slurm.watching import metrics, same
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-MASTER = ["--master-addr", ADDRESSES[0], "--master-port", PORT]
 
-
-def torchrun(node: int) -> list[str]:
-    return [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), *MASTER]
-
-
-def deepspeed(folder: Path, *how: str) -> list[str]:
-    words = [word.replace("-addr", "_addr").replace("-port", "_port") for word in MASTER]
-    return [str(BIN / "deepspeed"), "--hostfile", hostfile(folder), *how, *words]
-
-
-def learned_the_same(folder: Path, one_node: Launched, screens: list[str]) -> None:
-    found = list(folder.glob("runs/*/metrics.jsonl"))
-    assert len(found) == 1 and len(read_jsonl(found[0])) == 2, "\n".join(screens)
-    for expected, other in zip(read_jsonl(one_node.folder / "metrics.jsonl"), read_jsonl(found[0]), strict=True):
-        for key in ("loss", "reward", "score_all", "tokens_trained"):
-            assert other[key] == pytest.approx(expected[key], abs=1e-5), key
-    assert (found[0].parent / "rollouts" / "round-000000-node-1.jsonl").is_file()
-
-
-def train(recipe: Path) -> list[str]:
-    options = ["--train.rounds", "2", "--train.checkpoint_every", "0"]
-    return [str(ROOT / "launch" / "train.py"), "--recipe", str(recipe), *options]
-
-
-@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
-def test_two_nodes_learn_what_one_node_learns(
-    kind: str, nodes: list[str], recipe: Path, one_node: Launched, tmp_path: Path
-) -> None:
-    """Started by hand on each node."""
-    heads = {
-        "torchrun": [torchrun(k) for k in range(2)],
-        "deepspeed": [deepspeed(tmp_path, "--no_ssh", "--node_rank", str(k)) for k in range(2)],
-    }
-    commands = [inside(node, *head, *train(recipe)) for node, head in zip(nodes, heads[kind], strict=True)]
-    screens = together(commands, tmp_path, [environment()] * 2)
-    learned_the_same(tmp_path, one_node, screens)
-
-
-def test_deepspeed_reaches_the_other_node_by_ssh(
+def test_deepspeed_without_ssh_learns_what_one_node_learns(
     nodes: list[str], recipe: Path, one_node: Launched, tmp_path: Path
 ) -> None:
-    """One command on the first node; pdsh starts the ranks of both, with the variables of .deepspeed_env."""
-    program("pdsh", "pdsh")
-    exports = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME")
-    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={environment()[name]}\n" for name in exports))
+    """The same line, started by hand on each node."""
+    options = ["--recipe", str(recipe), "--train.rounds", "2", "--train.checkpoint_every", "0"]
+    train = [str(ROOT / "launch" / "train.py"), *options]
+    heads = [deepspeed(tmp_path, "--no_ssh", "--node_rank", str(k)) for k in range(2)]
+    commands = [inside(node, *head, *train) for node, head in zip(nodes, heads, strict=True)]
+    screens = together(commands, tmp_path, [environment()] * 2)
+    found = list(tmp_path.glob("runs/*/metrics.jsonl"))
+    assert len(found) == 1 and len(read_jsonl(found[0])) == 2, "\n".join(screens)
+    for expected, other in zip(metrics(one_node), read_jsonl(found[0]), strict=True):
+        same(expected, other)
+
+
+def test_ssh_ends_when_the_other_node_falls_silent(nodes: list[str], tmp_path: Path) -> None:
+    """With the options that launch/hostfile.example names; without them pdsh would wait for hours."""
+    advice = re.search(r'PDSH_SSH_ARGS_APPEND="(.*)"', (ROOT / "launch" / "hostfile.example").read_text())
+    assert advice is not None
+    options = re.sub("Interval=[0-9]+ ", "Interval=1 ", advice[1])
+    cut = f"(sleep 3; ip link set {WIRE} down) & {program('pdsh', 'pdsh')} -R ssh -w {ADDRESSES[1]} sleep 1000"
     with ssh_servers(nodes, tmp_path) as reach:
-        # deepspeed's own check would ask the ssh configuration of whoever runs this test.
-        command = inside(nodes[0], *deepspeed(tmp_path, "--no_ssh_check"), *train(recipe))
-        (screen,) = together([command], tmp_path, [environment(**reach)])
-        logs = [log.read_text() for log in sorted(tmp_path.glob("sshd-*.log"))]
-    learned_the_same(tmp_path, one_node, [screen, *logs])
-    assert all("Pubkey auth succeeded" in log for log in logs), logs
+        reach = {name: f"{value} {options}" for name, value in reach.items()}
+        started = time.monotonic()
+        (screen,) = together([inside(nodes[0], "sh", "-c", cut)], tmp_path, [environment(**reach)], timeout_s=60)
+    assert 3 < time.monotonic() - started < 40
+    assert f"{ADDRESSES[1]}: ssh exited with exit code 255" in screen, screen
 
 
 MEET = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.e2e.harness import Launched, read_jsonl
 from tests.slurm.cluster import Job, command_line, wait_for
@@ -13,6 +14,16 @@ START_S = 300.0
 """Deadline for a job to get where a test wants it; generous, because two CPUs carry both nodes."""
 ENDS_S = 30.0
 """Deadline for all processes of a job to end, SLURM's own waiting included."""
+
+
+EXACT = ("loss", "reward", "score_all", "kept_groups", "dropped_groups", "tokens_trained")
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two rounds with the same numbers."""
+    for key in EXACT:
+        assert other[key] == pytest.approx(one[key], abs=1e-5), key
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
 def metrics(job: Job | Launched) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ esac
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
     "show hostnames") tr , '\\n' <<<"$3" ;;
+    "show node") case " $DOWN " in *" $3 "*) echo "State=DOWN*+NOT_RESPONDING" ;; *) echo "State=IDLE" ;; esac ;;
+    update*) shift; echo "$*" >>"$FAKE/update.log" ;;
     "show job") echo "JobId=$3 JobState=${STATE:-RUNNING} EndTime=${END:-Unknown}"; echo "PreemptTime=${PREEMPTED:-None}" ;;
     requeue*) echo "$2" >>"$FAKE/requeue.log"; kill -TERM $PPID ;;
 esac
@@ -58,7 +60,13 @@ class Slurm:
         self.logs = folder / "runs" / "slurm" / "7"
 
     def start(self, *, script: str = "slurm.sbatch", step: str = "true", **job: str) -> subprocess.Popen[str]:
-        own = {"FAKE": str(self.folder), "STEP": step, "GONE": "", "PATH": f"{self.folder}:{os.environ['PATH']}"}
+        own = {
+            "FAKE": str(self.folder),
+            "STEP": step,
+            "GONE": "",
+            "DOWN": "",
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+        }
         command = ["bash", str(ROOT / "launch" / script), "--recipe", "r.yaml"]
         env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | JOB | own | job
         pipe = subprocess.PIPE
@@ -77,6 +85,11 @@ class Slurm:
     def queued_again(self) -> int:
         log = self.folder / "requeue.log"
         return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def updates(self) -> list[str]:
+        """What the queued job was changed to."""
+        log = self.folder / "update.log"
+        return log.read_text().splitlines() if log.exists() else []
 
     def log(self, text: str) -> str:
         """A step that says this in the first node's log, then fails."""
@@ -152,6 +165,33 @@ def test_a_loss_puts_the_job_back_until_no_checkpoint_comes_of_it(slurm: Slurm) 
     assert code == 1 and slurm.queued_again() == 6, "starts that get nowhere count too"
 
 
+def test_after_a_loss_the_job_may_start_again_on_what_is_left(slurm: Slurm) -> None:
+    slurm.run(step="exit 1", GONE="n2", SLURM_JOB_NODELIST="n1,n2,n3")
+    assert slurm.updates() == ["JobId=7 NumNodes=2-3 NumTasks=16"], "two nodes of eight ranks, or three again"
+    slurm.run(step="exit 1", GONE="n3", SLURM_JOB_NODELIST="n1,n3")
+    assert slurm.updates()[1:] == ["JobId=7 NumNodes=1-3 NumTasks=8"]
+    slurm.run(step="exit 1", GONE="n3", SLURM_JOB_NODELIST="n1,n3", GRPO_DS_MIN_NODES="2")
+    slurm.run(step="exit 75")
+    assert len(slurm.updates()) == 2 and slurm.queued_again() == 4
+
+
+def test_so_it_may_where_slurm_noticed_the_loss_first(slurm: Slurm) -> None:
+    process = slurm.start(step="touch $FAKE/runs/begun; sleep 5 >/dev/null 2>&1", DOWN="n2")
+    wait_for_step(slurm)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert process.stdout is not None
+    process.stdout.close()
+    assert slurm.updates() == ["JobId=7 NumNodes=1-2 NumTasks=8"] and slurm.queued_again() == 0
+
+
+def wait_for_step(slurm: Slurm) -> None:
+    deadline = time.monotonic() + 30
+    while not (slurm.folder / "runs" / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_where_nothing_can_be_asked_nothing_is_lost(slurm: Slurm) -> None:
     code, screen = slurm.run(step="exit 3", GONE="n1 n2")
     assert code == 3 and "srun starts nothing any more, not even on n1" in screen
@@ -172,16 +212,13 @@ def test_a_round_that_outlasts_the_limit_begins_again_from_the_last_checkpoint(s
     end = (datetime.now() + timedelta(seconds=22)).isoformat(timespec="seconds")
     step = "trap '' USR1; touch $FAKE/runs/begun; sleep 8 >/dev/null 2>&1"
     process = slurm.start(step=step, END=end)
-    deadline = time.monotonic() + 30
-    while not (slurm.folder / "runs" / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_step(slurm)
     process.send_signal(signal.SIGUSR1)
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     assert "asked to stop" in lines[1]
     assert "queued again: no checkpoint came within 20 s of the time limit" in lines[2]
-    assert process.wait(timeout=30) == -signal.SIGTERM, "as SLURM ends the script of a job that is queued again"
+    assert process.wait(timeout=30) == 143, "as SLURM ends the script of a job that is queued again"
     process.stdout.close()
     assert slurm.queued_again() == 1
 
