@@ -100,6 +100,7 @@ def test_each_model_makes_one_pass_a_round_over_a_micro_batch(steps: int, placem
         "reference": reference,
         "kl": KlController(COEF, None, 1),
         "layout": "packed",
+        "check_engine": lambda: None,
     }
     parts = loop.Parts(**{field.name: used.get(field.name) for field in fields(loop.Parts)})  # type: ignore[arg-type]
     groups = [group(0, 1, 2), group(1, 3, 1)]

@@ -60,8 +60,9 @@ def test_the_end_of_a_watched_rank_is_told_after_a_grace(
     process, peer = busy
     called: list[str] = []
     watch = Watch(peer, called.append)
+    thread = watching()
     process.kill()
-    watching().join(timeout=20)
+    thread.join(timeout=20)
     assert called == [f"rank 1 on {peer.node} ended 0.5 s ago without a word"]
     watch.close()
 
@@ -72,9 +73,10 @@ def test_a_goodbye_and_an_own_end_are_no_loss(
     called: list[str] = []
     other = Answering(1, on_first_node=True, one_node=True)
     watch = Watch(other.peer, called.append)
+    thread = watching()
     assert silent([other.peer]) == []
     other.close()
-    watching().join(timeout=10)
+    thread.join(timeout=10)
     watch.close()
     assert called == [] and silent([other.peer]) == [other.peer]
 
