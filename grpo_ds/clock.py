@@ -28,3 +28,9 @@ class Clock:
     def total(self) -> float:
         """Seconds since the clock was made."""
         return time.monotonic() - self._start
+
+    def metrics(self, **parts: dict[str, float]) -> dict[str, float]:
+        """`seconds/PHASE`, `seconds/total`; parts: of a phase, the seconds of what it consists of (`seconds/PHASE_PART`)."""
+        found = {f"seconds/{phase}_{part}": s for phase, split in parts.items() for part, s in split.items()}
+        found |= {f"seconds/{phase}": s for phase, s in self.seconds.items()}
+        return found | {"seconds/total": self.total}

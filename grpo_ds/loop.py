@@ -88,12 +88,10 @@ class Parts:
     after_round: Callable[[int, int, dict[str, Any]], None]
     """Called on every rank with (rounds finished, version, metrics): checkpoints."""
     colocation: Colocation
-    reward_stats: Callable[[], dict[str, float]]
-    """Called on every rank: the metrics reward/*, what the reward functions did since the last call."""
     check_engine: Callable[[], None]
     """Called on every rank while it computes: raises where this node's engine is gone."""
-    engine_faults: Callable[[], dict[str, int]]
-    """Called on every rank: the metrics engine/*, what happened to the engines since the last call."""
+    counts: Callable[[], dict[str, float]]
+    """Called on every rank: the metrics reward/* and engine/*, what happened to both since the last call."""
     reward_functions: tuple[str, ...]
     """The names under which groups hold each function's rewards."""
 
@@ -118,25 +116,27 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
 
         metrics: dict[str, Any] = {"round": round_index, "version": version}
         metrics |= {"kl_coef": parts.kl.coef, "lr": parts.actor.lr}
-        if recipe.sync.parity_every and (round_index + 1) % recipe.sync.parity_every == 0:
-            with clock.time("parity"):
-                metrics |= parts.parity.measure(version)
-        with clock.time("evaluation"):
-            metrics |= parts.evaluate(round_index + 1)
+        metrics |= inspect(recipe, parts, round_index + 1, version, clock)
         left_out = parts.advantage.left_out(collection.groups)
         metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks, parts.reward_functions, left_out)
-        metrics |= parts.reward_stats()
-        metrics |= parts.engine_faults()
-        metrics |= parts.colocation.metrics()
-        metrics |= {f"seconds/sync_{phase}": seconds for phase, seconds in phases.items()}
-        metrics |= {f"seconds/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        metrics["seconds/total"] = clock.total
+        metrics |= parts.counts() | parts.colocation.metrics() | clock.metrics(sync=phases)
         parts.kl.update(metrics.get("kl", 0.0), metrics["samples"])
         parts.log.round(metrics, collection.rollouts)
         check_freshness(recipe, round_index, version - 1, metrics["logprob_gap"])
         parts.parity.require()
         parts.after_round(round_index + 1, version, metrics)
     return version
+
+
+def inspect(recipe: Recipe, parts: Parts, done: int, version: int, clock: Clock) -> dict[str, float]:
+    """The parity gate and the held-out evaluation, where they are due after `done` rounds, as metrics."""
+    found: dict[str, float] = {}
+    if recipe.sync.parity_every and done % recipe.sync.parity_every == 0:
+        with clock.time("parity"):
+            found |= parts.parity.measure(version)
+    with clock.time("evaluation"):
+        found |= parts.evaluate(done)
+    return found
 
 
 @dataclass(frozen=True)

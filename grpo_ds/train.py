@@ -246,9 +246,8 @@ class Run:
                 backend.free_device_memory if on_device else None,
                 self.publisher.model_bytes,
             ),
-            reward_stats=lambda: reward_metrics(self.pool.take_stats() if self.pool else {}, ranks),
             check_engine=EngineWatch(self.engine, restarts=recipe.engine.max_restarts > 0),
-            engine_faults=self.sampler.faults,
+            counts=lambda: reward_metrics(self.pool.take_stats() if self.pool else {}, ranks) | self.sampler.faults(),
             reward_functions=tuple(function_names(recipe.reward.functions)),
         )
 
