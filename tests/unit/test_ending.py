@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,17 +31,24 @@ end_on_signal(run)
 print("ready", flush=True)
 {main}
 """
+# The tests themselves may run under nohup.
+HEARS = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
 STUCK = "ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(32))"
 
 
-def started(main: str, in_close: str = "pass", **environ: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(main: str, in_close: str = "pass", **environ: str) -> Iterator[subprocess.Popen[str]]:
     env = {key: value for key, value in os.environ.items() if key != "RANK" and not key.startswith("SLURM")} | environ
-    program = PROGRAM.format(main=main, in_close=in_close)
+    program = HEARS + PROGRAM.format(main=main, in_close=in_close)
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
+    with process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()  # where a test failed, nothing else ends it
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
