@@ -54,12 +54,25 @@ def end_on_signal(run: Ends) -> None:
     on_end_request(act)
 
 
-def end(run: Ends, code: int, cause: str | None, *, peer: bool = False, peer_delay_s: float = 5.0) -> NoReturn:
-    """Ends the process; a cause of None is left to another rank to say. Waits for ever where another thread does it."""
+def end(
+    run: Ends,
+    code: int,
+    cause: str | None,
+    *,
+    peer: bool = False,
+    peer_delay_s: float = 5.0,
+    error: BaseException | None = None,
+) -> NoReturn:
+    """Ends the process; a cause of None is left to another rank to say. error: shown whole before the cause.
+
+    Waits for ever where another thread ends it: what this one met then is not the cause.
+    """
     if not _ending.acquire(blocking=False):
         while True:
             time.sleep(1.0)
     try:
+        if error is not None:
+            traceback.print_exception(error)
         if cause is not None:
             say_last(f"rank {rank()}: {cause}" if rank() else cause, peer=peer, peer_delay_s=peer_delay_s)
         run.close()
@@ -82,9 +95,7 @@ def end_after(run: Ends, error: BaseException) -> NoReturn:
         # All ranks read the same recipe, so the first one speaks for them.
         end(run, 2, str(error), peer=rank() != 0)
     peer = is_peer_failure(error) or (type(error).__name__ in ("SyncError", "ParityError") and rank() != 0)
-    if not peer:
-        traceback.print_exception(error)
-    end(run, 1, _sentence(run, error, peer), peer=peer)
+    end(run, 1, _sentence(run, error, peer), peer=peer, error=None if peer else error)
 
 
 def _sentence(run: Ends, error: BaseException, peer: bool) -> str:

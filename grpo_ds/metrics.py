@@ -56,14 +56,15 @@ def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
 def reward_metrics(mine: dict[str, FunctionStats], ranks: Ranks) -> dict[str, float]:
     """What the reward functions of all nodes did since the round before, evaluations included. Every rank calls it.
 
-    reward/<function>/errors, timeouts, unscored: samples; p95_s: 95th percentile of a call of the slowest node.
+    reward/<function>/errors, timeouts, unscored: samples; seconds/reward_p95/<function>: 95th percentile of a call, on the
+    slowest node.
     """
     rows = [part for part in ranks.all_gather({n: asdict(s) for n, s in mine.items()}, "reward functions") if part]
     out: dict[str, float] = {}
     for name in rows[0] if rows else ():
         for count in ("errors", "timeouts", "unscored"):
             out[f"reward/{name}/{count}"] = sum(row[name][count] for row in rows)
-        out[f"reward/{name}/p95_s"] = max(row[name]["p95_call_s"] for row in rows)
+        out[f"seconds/reward_p95/{name}"] = max(row[name]["p95_call_s"] for row in rows)
     return out
 
 

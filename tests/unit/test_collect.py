@@ -241,5 +241,5 @@ def test_what_reward_functions_did_is_summed_over_nodes_and_the_slowest_call_cou
             return [value, {}, {"f": dict(samples=9, unscored=2, timeouts=1, errors=0, p95_call_s=0.5)}]
 
     row = reward_metrics({"f": FunctionStats(4, 3, 0, 3, 0.25)}, TwoNodes())  # type: ignore[arg-type]
-    assert row == {"reward/f/errors": 3, "reward/f/timeouts": 1, "reward/f/unscored": 5, "reward/f/p95_s": 0.5}
+    assert row == {"reward/f/errors": 3, "reward/f/timeouts": 1, "reward/f/unscored": 5, "seconds/reward_p95/f": 0.5}
     assert reward_metrics({}, OneRank()) == {}  # type: ignore[arg-type]
