@@ -17,7 +17,7 @@ ON_THE_DEMO = [
     *("--reward.functions", "[arithmetic]", "--reward.overlong_buffer_len", str(BUFFER), "--reward.workers", "1"),
     *("--rollout.n", str(MEMBERS), "--rollout.max_response_tokens", str(LONGEST), "--rollout.prompts_per_batch", "16"),
     *("--actor.lr", "1e-4", "--train.prompts_per_round", str(PROMPTS), "--train.prompts_per_update", str(UPDATE)),
-    *("--train.micro_batch_tokens", "256"),
+    *("--train.micro_batch_tokens", "256", "--train.heldout_metric", "score"),
 ]
 
 

@@ -171,7 +171,7 @@ pool.close()
 
 
 def test_hundreds_of_requests_need_few_file_descriptors(stubs: Make) -> None:
-    """With 128 of them a process has 32 requests open at each of two servers; any failure would end it."""
+    """With 128 of them a process has at most 32 requests open at each of two servers; any failure would end it."""
     pair = [stubs(), stubs()]
     for stub in pair:
         stub.seconds = 0.02
@@ -179,7 +179,7 @@ def test_hundreds_of_requests_need_few_file_descriptors(stubs: Make) -> None:
     words = [sys.executable, "-c", CROWD, *(stub.url for stub in pair)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [stub.most_open for stub in pair] == [32, 32]
+    assert all(8 < stub.most_open <= 32 for stub in pair), "many at once at both, but no more"
 
 
 def test_requests_in_flight_are_no_threads(stubs: Make, pools: Callable[..., Any]) -> None:
