@@ -94,6 +94,7 @@ everything_else() {
 }
 echo "test: pytest, in two halves: ${half[*]}, and everything else (its output comes second)"
 log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 # Each half is a process group (that is what set -m does): without job control the shell has what runs in the background
 # ignore an interrupt, and it would go on alone. pytest cleans up after an interrupt, so that is what any signal becomes.
 groups=() stopped=''
@@ -127,5 +128,4 @@ for group in "${groups[@]}"; do
     done
 done
 cat "$log"
-rm -f "$log"
 exit "$code"
