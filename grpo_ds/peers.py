@@ -182,10 +182,9 @@ class Watch:
 
     def _wait(self) -> None:
         try:
-            if self._connection.recv(1) == _GOODBYE:
-                return
-        except ConnectionError:  # reset: the process has ended
-            pass
+            with suppress(ConnectionError):  # reset: the process has ended, as with nothing to read
+                if self._connection.recv(1) == _GOODBYE:
+                    return
         except OSError:  # timed out, or no way to it any more
             if not self._closed.is_set():
                 self._on_silence(f"a node said nothing for {SILENCE_S:g} s")

@@ -30,8 +30,7 @@ def export_adapter(folder: Path, module: nn.Module, model: ModelConfig, base: st
                     tensors[f"{key}.{kind}.weight"] = tensor.to("cpu", copy=True).contiguous()
     if ranks.is_main:
         partial = folder.with_name(f"{folder.name}.partial")
-        for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         lora = model.lora
@@ -47,6 +46,7 @@ def export_adapter(folder: Path, module: nn.Module, model: ModelConfig, base: st
             "inference_mode": True,
         }
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier one stays until the new one is whole
         partial.rename(folder)
     ranks.barrier("adapter written")
     return folder
