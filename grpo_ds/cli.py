@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from grpo_ds.config import RecipeError
+from grpo_ds.processes import leave
 
 _EXAMPLE = "A whole package with an estimator and its tests is shown by: python -m pydoc grpo_ds.conformance"
 
@@ -121,5 +122,10 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def run() -> NoReturn:
+    """What the shell calls."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

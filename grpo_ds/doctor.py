@@ -43,7 +43,7 @@ from grpo_ds.doctor_checks import (
     table,
 )
 from grpo_ds.peers import node_name
-from grpo_ds.processes import adopt_slurm
+from grpo_ds.processes import adopt_slurm, leave
 from grpo_ds.runlog import manifest
 
 SIZES = {"1 MB": 2**20, "256 MB": 2**28}
@@ -238,4 +238,4 @@ def _start_engine(recipe: Recipe, bases: list[Path], ranks: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

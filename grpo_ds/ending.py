@@ -7,14 +7,13 @@ main thread may wait in a collective, where it hears nothing. Whoever comes firs
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import traceback
 from typing import NoReturn, Protocol
 
 from grpo_ds.config import RecipeError
-from grpo_ds.processes import STOPPED, is_peer_failure, launchers, on_end_request, say_last
+from grpo_ds.processes import STOPPED, is_peer_failure, launchers, leave, on_end_request, say_last
 
 _AFTER_SIGNAL_S = 12.0
 """Seconds for the child processes to end before this one ends without them; they follow by themselves."""
@@ -79,10 +78,7 @@ def end(
     except Exception:  # the run ends in any case, and both reasons are shown
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Collectives may be pending, and interpreter shutdown would wait for them.
-        os._exit(code)
+        leave(code)
 
 
 def end_after(run: Ends, error: BaseException) -> NoReturn:

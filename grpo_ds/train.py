@@ -13,16 +13,16 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from grpo_ds.config import Recipe
-from grpo_ds.ending import StopRequested, end_after, end_on_signal
+from grpo_ds.ending import StopRequested, end, end_after, end_on_signal
 from grpo_ds.processes import adopt_slurm, end_with_launcher, hold_stop_request, stop_requested
 from grpo_ds.recipe import read_recipe, resolve_path
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: finished, 2: wrong input, 75: stopped on request, 128 + signal: ended by it, 1: failed.
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Ends the process; exit code 0: finished, 2: wrong input, 75: stopped on request, 128 + signal: ended by it, 1: failed.
 
     The cause comes last on the screen.
     """
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         run.close()
     except (Exception, KeyboardInterrupt) as error:
         end_after(run, error)
-    return 0
+    end(run, 0, None)
 
 
 class Run:

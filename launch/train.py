@@ -8,4 +8,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from grpo_ds.train import main
 
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from grpo_ds.processes import leave
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -109,6 +111,7 @@ def _main(target: str, folder: str, result: str) -> None:
     module, _, name = target.partition(":")
     function: Callable[[Path], Any] = getattr(importlib.import_module(module), name)
     torch.save(function(Path(folder)), result)
+    leave(0)
 
 
 if __name__ == "__main__":

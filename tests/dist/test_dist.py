@@ -67,7 +67,7 @@ def test_across_nodes_the_parts_of_a_column_arrive_at_their_places_and_nowhere_e
 
 def test_a_peer_that_does_not_come_is_an_error_that_names_the_operation_within_the_deadline(tmp_path: Path) -> None:
     first, second = launch("tests.dist.dist_workers:stalled_peer", 2, tmp_path, timeout_s=120)
-    assert second["message"] == ""
+    assert second == {}
     assert first["message"].startswith("rank 0: all-gather (filter verdicts) failed at round 7: a peer died or missed")
     assert "5 s (train.collective_timeout_s)" in first["message"]
     assert SHORT_S * 0.8 <= first["seconds"] < SHORT_S * 4

@@ -65,6 +65,7 @@ import subprocess, sys, time
 started = time.monotonic()
 from grpo_ds import peers
 from grpo_ds.dist import DistError, Ranks
+from grpo_ds.processes import leave
 peers.SILENCE_S = float(sys.argv[3])
 ranks = Ranks(float(sys.argv[1]))
 try:
@@ -79,6 +80,7 @@ try:
 except DistError as error:
     print(f"{type(error).__name__}: {error}")
 print(f"{time.monotonic() - started:.1f}")
+leave(0)
 """
 """A rank that meets the others, then waits for them again and again; the second one's node loses its network."""
 
