@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState
+from grpo_ds.colocation import Colocation
 from grpo_ds.config import ActorConfig, AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
 from grpo_ds.dist import Ranks
 from grpo_ds.engine import make_engine
@@ -26,6 +27,7 @@ from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
 from grpo_ds.rewards import function_names
 from grpo_ds.samples import AdvantageStage
+from grpo_ds.sync.publish import WeightPublisher
 from grpo_ds.sync.transport import Transport, choose_transport, urls_of_node
 
 
@@ -210,6 +212,12 @@ def weight_transport(recipe: Recipe, ranks: Ranks) -> Transport:
 def _engine_config(recipe: Recipe, ranks: Ranks) -> EngineConfig:
     """The engine settings of this node, which drives its own part of engine.urls."""
     return replace(recipe.engine, urls=urls_of_node(recipe.engine.urls, ranks.node, ranks.nodes))
+
+
+def colocation(recipe: Recipe, ranks: Ranks, engine: GenerationEngine | None, publisher: WeightPublisher) -> Colocation:
+    """What makes room on shared devices; where the device is the CPU there is nothing to measure."""
+    measure = backend.free_device_memory if backend.device_kind() != "cpu" else None
+    return Colocation(recipe.engine, ranks, engine, measure, publisher.model_bytes)
 
 
 def check_engine(recipe: Recipe, model_path: str) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_ds.config import RecipeError
-from grpo_ds.processes import end_with_launcher
+from grpo_ds.processes import end_with_launcher, leave
 from grpo_ds.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -202,4 +202,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

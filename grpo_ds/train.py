@@ -62,6 +62,8 @@ class Run:
         self._check_settings()
         self._connect()
         self._build_models()
+        self._build_generation()
+        self._build_gate()
         self._build_parts()
         self._resume_or_begin()
 
@@ -175,19 +177,11 @@ class Run:
             frozen = backend.load_model(recipe.model, path, self.dtype, config)
             self.reference = Scorer(make(frozen, config, actor=None), device)
 
-    def _build_parts(self) -> None:
-        from grpo_ds import build
-        from grpo_ds.actor import backend
+    def _build_generation(self) -> None:
+        """The way of the weights to the engine, and of prompts to groups with rewards."""
         from grpo_ds.collect import Collector
-        from grpo_ds.colocation import Colocation
-        from grpo_ds.evaluate import EngineSampler, EngineWatch
+        from grpo_ds.evaluate import EngineSampler
         from grpo_ds.inflight import Foreground, InFlight
-        from grpo_ds.loop import Parts
-        from grpo_ds.losses import KlController
-        from grpo_ds.metrics import reward_metrics
-        from grpo_ds.objective import Objective
-        from grpo_ds.parity import ParityGate
-        from grpo_ds.rewards import function_names
         from grpo_ds.sync.publish import WeightPublisher
 
         recipe, ranks = self.recipe, self.ranks
@@ -201,29 +195,44 @@ class Run:
         self.grader = None
         if ranks.leads_node:
             self.grader = partial(self.pool.score_groups, max_response_tokens=recipe.rollout.max_response_tokens)
-        greedy = bool(self.needs["greedy_baseline"])
-        self.generation = (Foreground if recipe.sync.mode == "drain" else InFlight)(
-            self.sampler, greedy_baseline=greedy
-        )
+        kind = Foreground if recipe.sync.mode == "drain" else InFlight
+        self.generation = kind(self.sampler, greedy_baseline=bool(self.needs["greedy_baseline"]))
         # Before the engine, because things are closed in reverse order and its end ends what waits for it.
         self.closers.insert(self.closers.index(self.log) + 1, self.generation)
         judges = (self.prompts, self.filter, self.generation, self.grader)
         self.collector = Collector(recipe, ranks, *judges, self.log.say)
-        layout: Any = "packed" if recipe.model.attn_implementation.startswith("flash") else "padded"
+
+    def _build_gate(self) -> None:
+        """The proof that engine and trainer have the same policy."""
+        from grpo_ds.batching import Layout
+        from grpo_ds.parity import ParityGate
+
+        self.layout: Layout = "packed" if self.recipe.model.attn_implementation.startswith("flash") else "padded"
         self.parity = ParityGate(
-            recipe,
+            self.recipe,
             dtype=self.dtype,
-            ranks=ranks,
+            ranks=self.ranks,
             prompts=self.prompts,
             sampler=self.sampler,
             policy=self.policy,
             reference=self.reference,
             publisher=self.publisher,
             settle=self.generation.settle,
-            layout=layout,
+            layout=self.layout,
             bos=self.tokenizer.bos_token_id,
         )
-        on_device = backend.device_kind() != "cpu"
+
+    def _build_parts(self) -> None:
+        """What the loop works with."""
+        from grpo_ds import build
+        from grpo_ds.evaluate import EngineWatch
+        from grpo_ds.loop import Parts
+        from grpo_ds.losses import KlController
+        from grpo_ds.metrics import reward_metrics
+        from grpo_ds.objective import Objective
+        from grpo_ds.rewards import function_names
+
+        recipe, ranks = self.recipe, self.ranks
         self.kl = KlController(recipe.actor.kl_loss_coef, recipe.actor.kl_target, recipe.actor.kl_horizon)
         self.parts = Parts(
             ranks=ranks,
@@ -236,16 +245,10 @@ class Run:
             publisher=self.publisher,
             parity=self.parity,
             log=self.log,
-            layout=layout,
+            layout=self.layout,
             evaluate=self._evaluate_between,
             after_round=self._after_round,
-            colocation=Colocation(
-                recipe.engine,
-                ranks,
-                self.engine,
-                backend.free_device_memory if on_device else None,
-                self.publisher.model_bytes,
-            ),
+            colocation=build.colocation(recipe, ranks, self.engine, self.publisher),
             check_engine=EngineWatch(self.engine, restarts=recipe.engine.max_restarts > 0),
             counts=lambda: reward_metrics(self.pool.take_stats() if self.pool else {}, ranks) | self.sampler.faults(),
             reward_functions=tuple(function_names(recipe.reward.functions)),
@@ -347,19 +350,13 @@ class Run:
         if self.recipe.actor.kl_target is not None:
             self.totals["kl_coef"] = self.kl.coef
         self.totals["seconds"] = time.monotonic() - self.clock
-        asked = self._stop_agreed() and done < train.rounds
+        # The signal reaches the ranks at different times, or only one.
+        asked = any(self.ranks.all_gather(stop_requested(), "stop request")) and done < train.rounds
         if asked or (train.checkpoint_every and done % train.checkpoint_every == 0 and done < train.rounds):
             path = self._save()
             if asked:
                 self.ranks.part()
                 raise StopRequested(f"on request, after round {done}; --resume auto goes on from {path}")
-
-    def _stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop: the signal reaches them at different times, or only one."""
-        import torch
-
-        mine = torch.tensor([float(stop_requested())])
-        return bool(self.ranks.max(mine, "stop request"))
 
     def _save(self) -> Path:
         from grpo_ds.actor.checkpoint import TrainerState, save_checkpoint

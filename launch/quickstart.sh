@@ -29,25 +29,7 @@ if [ ! -e /dev/nvidia0 ] && ! nvidia-smi -L >/dev/null 2>&1; then
     export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-17179869184}"
 fi
 
-# `deepspeed` dies of a signal without passing it on, and the ranks would train on: so the run gets a process group of
-# its own (that is what set -m does), every signal goes to all of it, and it is waited for.
-run='' stopped=''
-trap 'stopped=130; [ -z "$run" ] || kill -INT -- "-$run" 2>/dev/null || true' INT
-trap 'stopped=143; [ -z "$run" ] || kill -TERM -- "-$run" 2>/dev/null || true' TERM HUP
-set -m
-deepspeed "${ranks[@]}" --master_port "$port" launch/train.py --recipe quickstart.yaml "${args[@]}" </dev/null &
-run=$!
-set +m
-code=0
-wait "$run" || code=$?
-[ -z "$stopped" ] || code=$stopped
-deadline=$((SECONDS + 120))
-while kill -0 -- "-$run" 2>/dev/null; do
-    if [ "$SECONDS" -ge "$deadline" ]; then
-        echo "quickstart: processes of the run are alive 120 s after its end, they are killed now" >&2
-        kill -KILL -- "-$run" 2>/dev/null || true
-        break
-    fi
-    sleep 0.2
-done
-exit "$code"
+source launch/groups.sh
+pass_signals
+start deepspeed "${ranks[@]}" --master_port "$port" launch/train.py --recipe quickstart.yaml "${args[@]}"
+await 120

@@ -95,37 +95,12 @@ everything_else() {
 echo "test: pytest, in two halves: ${half[*]}, and everything else (its output comes second)"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-# Each half is a process group (that is what set -m does): without job control the shell has what runs in the background
-# ignore an interrupt, and it would go on alone. pytest cleans up after an interrupt, so that is what any signal becomes.
-groups=() stopped=''
-pass_on() {
-    stopped=$1
-    local group
-    for group in "${groups[@]}"; do kill -INT -- "-$group" 2>/dev/null || true; done
-}
-trap 'pass_on 130' INT
-trap 'pass_on 143' TERM HUP
-set -m
-python -m pytest -q -m "$marks" "${half[@]}" </dev/null &
-groups+=($!)
-everything_else >"$log" 2>&1 </dev/null &
-groups+=($!)
-set +m
+# pytest cleans up after an interrupt, so that is what any signal becomes.
+source launch/groups.sh
+pass_signals INT
+start python -m pytest -q -m "$marks" "${half[@]}"
+start everything_else >"$log" 2>&1
 code=0
-for group in "${groups[@]}"; do
-    [ -n "$stopped" ] || wait "$group" || code=$?
-done
-[ -z "$stopped" ] || code=$stopped
-deadline=$((SECONDS + 60))
-for group in "${groups[@]}"; do
-    while kill -0 -- "-$group" 2>/dev/null; do
-        if [ "$SECONDS" -ge "$deadline" ]; then
-            echo "test: processes of the tests are alive 60 s after the end, they are killed now" >&2
-            kill -KILL -- "-$group" 2>/dev/null || true
-            break
-        fi
-        sleep 0.2
-    done
-done
+await 60 || code=$?
 cat "$log"
 exit "$code"

@@ -57,7 +57,7 @@ def test_publications_that_load_nothing_are_seen() -> None:
     code = (
         "import sys, grpo_ds.selftest as s; from grpo_ds.engine.hf import HfEngine; "
         "HfEngine.update_bucket = lambda self, b, carrier=None: self._ledger.arrived(t['name'] for t in b['tensors']); "
-        "sys.exit(s.selftest(sys.argv[1:]))"
+        "s.leave(s.selftest(sys.argv[1:]))"
     )
     done = run([sys.executable, "-c", code, *OPTIONS])
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
@@ -70,7 +70,7 @@ def test_weights_that_move_are_seen_on_both_sides() -> None:
     code = (
         "import sys, grpo_ds.selftest as s; "
         "s.STILL = tuple('1e-3' if word == '0' else word for word in s.STILL); "
-        "sys.exit(s.selftest(sys.argv[1:]))"
+        "s.leave(s.selftest(sys.argv[1:]))"
     )
     done = run([sys.executable, "-c", code, *OPTIONS, "--actor.lr_warmup_steps", "0"])
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grpo_ds.balance import assign
 from grpo_ds.clock import Clock
+from grpo_ds.ending import end
 from grpo_ds.engine import hf, vllm
 from grpo_ds.engine.base import RawRollout, Request, SamplingSpec
 from grpo_ds.loop import train, update
@@ -292,7 +293,7 @@ def main() -> None:
     run.parts.ranks.barrier("done")
     if run.ranks.is_main:
         print("REPORT " + json.dumps(report), flush=True)
-    run.close()
+    end(run, 0, None)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from grpo_ds.balance import assign
 from grpo_ds.clock import Clock
+from grpo_ds.ending import end
 from grpo_ds.loop import update
 from grpo_ds.recipe import read_recipe
 from grpo_ds.train import Run
@@ -44,7 +45,7 @@ def main() -> None:
     run.parts.ranks.barrier("done")
     if run.ranks.is_main:
         print("REPORT " + json.dumps(report), flush=True)
-    run.close()
+    end(run, 0, None)
 
 
 if __name__ == "__main__":

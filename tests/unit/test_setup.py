@@ -137,20 +137,37 @@ def test_setup_names_the_pythons_it_tried_when_none_is_new_enough(tmp_path: Path
     assert not (tmp_path / "env").exists()
 
 
+HALF = "#!/bin/sh\necho $$ >half.$$\nexec sleep 100\n"
+LAUNCHER = f"""#!{sys.executable}
+import os, subprocess
+rank = subprocess.Popen(["sleep", "100"])
+for pid in (os.getpid(), rank.pid):
+    open(f"half.{{pid}}", "w").close()
+os.execvp("sleep", ["sleep", "100"])
+"""
+"""As `deepspeed`, it dies of a signal without passing it on."""
+
+
+@pytest.mark.parametrize(
+    ("script", "fakes"),
+    [("test.sh", {"python": HALF}), ("quickstart.sh", {"python": "#!/bin/sh\necho 1\n", "deepspeed": LAUNCHER})],
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopping_the_tests_ends_both_halves(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_stopping_a_script_ends_all_that_it_started(
+    tmp_path: Path, script: str, fakes: dict[str, str], number: signal.Signals, code: int
+) -> None:
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "test.sh").write_text((ROOT / "launch/test.sh").read_text())
+    for name in (script, "groups.sh"):
+        (tmp_path / "launch" / name).write_text((ROOT / "launch" / name).read_text())
     (tmp_path / "launch" / "setup.sh").write_text("exit 0\n")
-    for name in ("ruff", "mypy"):
-        (commands / name).write_text("#!/bin/sh\nexit 0\n")
-    (commands / "python").write_text("#!/bin/sh\necho $$ >half.$$\nexec sleep 100\n")
+    for name, text in {"ruff": "#!/bin/sh\n", "mypy": "#!/bin/sh\n", **fakes}.items():
+        (commands / name).write_text(text)
     for command in commands.iterdir():
         command.chmod(0o755)
     # A shell cannot trap a signal that it is started to ignore, as the background job of another shell is.
-    run = ["bash", "launch/test.sh"]
+    run = ["bash", f"launch/{script}"]
     ready = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         run, cwd=tmp_path, preexec_fn=ready, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
