@@ -2,6 +2,7 @@
 # Each command is a process group (that is what set -m does): without job control the shell has what runs in the
 # background ignore an interrupt, and `deepspeed` dies of a signal without passing it on, and its ranks would train on.
 
+set -euo pipefail
 groups=() stopped=''
 
 # pass_signals [SIGNAL]: from now on signals go to all groups, as what they are or as SIGNAL.

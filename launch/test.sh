@@ -7,6 +7,7 @@
 # --gpu     needs an NVIDIA GPU
 # --slurm   starts SLURM and ssh daemons of its own and needs root for network namespaces; on Debian and Ubuntu the
 #           packages slurm-wlm, iproute2, openssh-client, dropbear-bin and pdsh are installed
+#           (what takes longest: --slurm -- -m 'slurm and slow')
 # --sglang  makes the environment .venv-sglang first
 # Several suites may be named. A skipped test counts as failed: a suite that cannot run here is not asked for.
 set -euo pipefail
@@ -34,7 +35,7 @@ suites=()
 while [ $# -gt 0 ]; do
     case $1 in
         --fast|--slow|--gpu|--slurm|--sglang) suites+=("${1#--}") ;;
-        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --) shift; break ;;
         *) die "unknown argument '$1'; known are --fast, --slow, --gpu, --slurm and --sglang" ;;
     esac
@@ -61,6 +62,7 @@ for suite in "${suites[@]}"; do
         slow) mark='(slow and not gpu and not slurm and not sglang)' ;;
         gpu) [ -e /dev/nvidia0 ] || die "--gpu needs an NVIDIA GPU, and there is no /dev/nvidia0" ;;
         slurm)
+            mark='(slurm and not slow)'
             # Debian's daemons lie outside of most users' PATH.
             export PATH=$PATH:/usr/sbin:/sbin
             need slurm-wlm slurmctld slurmd srun sbatch scontrol

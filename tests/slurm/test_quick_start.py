@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.harness import Launched, read_jsonl, run
 from tests.slurm.cluster import ROOT, Cluster
 from tests.slurm.namespaces import deepspeed, environment, inside, program, ssh_servers, together, torchrun
-from tests.slurm.watching import START_S, metrics, nothing_left, same
+from tests.slurm.watching import START_S, metrics, nothing_left, same, wait_rounds
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -66,6 +66,27 @@ def test_through_slurm(cluster: Cluster, home: Path, one_round: Launched) -> Non
     logs = home / "runs" / "slurm" / job.number
     assert sorted(file.name for file in logs.glob("*.log")) == ["node-0.log", "node-1.log"]
     assert "round   10/10" in (logs / "node-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_through_slurm_beside_another_one(cluster: Cluster, home: Path, one_round: Launched) -> None:
+    """Two jobs at once on the same two nodes, with four vLLM servers in all: each trains as if it were alone."""
+    jobs = [cluster.submit(home, arguments=[*RECIPE, "--train.rounds", "6"]) for _ in range(2)]
+    for job in jobs:
+        wait_rounds(job, 1)
+    assert [job.state for job in jobs] == ["RUNNING", "RUNNING"]
+    servers = [job.folder / "logs" / node / "vllm_server.log" for job in jobs for node in ("node-0", "node-1")]
+    assert all(server.is_file() for server in servers)
+    for job in jobs:
+        assert job.wait(2 * START_S) == "COMPLETED", job.screen
+        nothing_left(job)
+    one, two = (metrics(job) for job in jobs)
+    assert len(one) == len(two) == 6
+    same(metrics(one_round)[0], one[0])
+    same(one[0], two[0])
+    for rounds in (one, two):
+        assert all(m["logprob_gap"] < 1e-3 for m in rounds)
+        assert [m["version"] - rounds[0]["version"] for m in rounds] == list(range(6))
 
 
 def test_through_torchrun(nodes: list[str], tmp_path: Path, one_round: Launched) -> None:
