@@ -116,13 +116,19 @@ def load_model(model: ModelConfig, path: str, dtype: str, config: dict[str, Any]
 
 
 def check_head(model: nn.Module, path: str) -> None:
-    """Refuses architectures whose head is more than one matrix product; their log-probabilities would be wrong."""
+    """Refuses architectures whose head is more than one matrix product; their log-probabilities would be wrong.
+
+    path: the model in the user's words, for the message. Raises RecipeError.
+    """
     config = model.config
     head = model.get_output_embeddings()  # type: ignore[operator]
     extras = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
     if head is None or getattr(head, "bias", None) is not None or extras:
         reason = "a bias" if head is not None and not extras else ", ".join(extras) or "no output embeddings"
-        raise ValueError(f"{path}: the head of {type(model).__name__} has {reason}, which the trainer does not support")
+        raise RecipeError(
+            f"{path}: the head of {type(model).__name__} has {reason}, which the trainer does not support: choose "
+            "another model"
+        )
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
