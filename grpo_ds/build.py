@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState
+from grpo_ds.actor.ds_json import offloads_optimizer
 from grpo_ds.colocation import Colocation
 from grpo_ds.config import ActorConfig, AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
 from grpo_ds.dist import Ranks
@@ -174,6 +175,12 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise _no_tokenizer(path, "there are no tokenizer files")
     return tokenizer
+
+
+def check_optimizer(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Makes ready, or refuses, the compiled optimizer that the actor's DeepSpeed configuration asks for."""
+    if offloads_optimizer(config):
+        backend.load_cpu_adam(recipe.train.start_timeout_s)
 
 
 def check_models(recipe: Recipe, path: str, bases: list[Path]) -> None:

@@ -104,6 +104,7 @@ class Run:
                 held = PromptStream(self.heldout_rows, self.tokenizer, plain, recipe.train.seed)
                 self.heldout = held.take(0, len(held))
         self.transport = build.weight_transport(recipe, self.ranks)
+        build.check_optimizer(recipe, self.actor_json)  # last, because it may compile
 
     def _connect(self) -> None:
         """Joins the other ranks, agrees on the run's folder, and starts the engine, which takes longest."""
