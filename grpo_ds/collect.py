@@ -239,7 +239,8 @@ class Collector:
     def _decide(self, group: Group, version: int) -> Decision:
         if self._stale(group, version):
             return Decision(False, "stale")
-        scores = [m.metric(self.filter.metric_to_filter) for m in group.members]
+        # A member without a score is not trained on, so its value of one function must not keep the group.
+        scores = [None if m.score is None else m.metric(self.filter.metric_to_filter) for m in group.members]
         if not self.filter.enable:
             scored = any(score is not None for score in scores)
             return Decision(scored, "kept" if scored else "unscorable")

@@ -74,7 +74,8 @@ class RewardConfig:
     timeout_s: float = 10.0
     """Deadline a sample, in seconds: a call that misses it is killed, and its samples are tried one by one."""
     on_error: Literal["fail", "unscored"] = "fail"
-    """A function that raises or misses its deadline: end the run, or count the sample as `cannot be scored`."""
+    """A function that raises or misses its deadline: end the run, or count the sample as `cannot be scored` (it is left
+    out, whatever the other functions say)."""
     dry_run_rows: int = 2
     """Rows on which each function is tried before any model is loaded; 0: none."""
     overlong_buffer_len: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,6 +165,21 @@ def test_without_the_filter_equal_scores_are_kept_and_only_unscorable_groups_are
 def test_the_filter_can_look_at_one_reward_function() -> None:
     world = World(odd_prompts_differ, metric_to_filter="f")
     assert world.collect().order == [1, 3, 5]
+
+
+def test_a_response_without_a_score_does_not_keep_its_group_by_one_function() -> None:
+    """f is 1 and 1 where there is a score, and 0 where a function with a weight said nothing."""
+    world = World(lambda index: [1.0, 1.0], metric_to_filter="f", max_num_gen_batches=1)
+    grade = world.collector.grader
+    assert grade is not None
+
+    def with_one_unscored(pairs: list[tuple[Prompt, list[Rollout]]]) -> list[Group]:
+        extra = [Scored(rollouts[0], None, None, {"f": 0.0, "g": None}) for _, rollouts in pairs]
+        return [replace(g, members=(*g.members, e)) for g, e in zip(grade(pairs), extra, strict=True)]
+
+    world.collector.grader = with_one_unscored
+    with pytest.raises(Exhausted, match=r"0 of 3 groups that the filter keeps \(4 all_right\)"):
+        world.collect()
 
 
 def test_the_sampler_is_told_the_purpose_and_the_round() -> None:

@@ -43,6 +43,8 @@ def test_the_score_is_the_weighted_sum_of_what_could_be_scored() -> None:
     assert weighted_score([1.0, 0.5], [2.0, 4.0]) == 4.0
     assert weighted_score([None, 0.5], [2.0, 4.0]) == 2.0
     assert weighted_score([None, None], [2.0, 4.0]) is None
+    assert weighted_score([None, 37.0], [1.0, 0.0]) is None, "what is only measured says nothing of the response"
+    assert weighted_score([0.0, 37.0], [1.0, 0.0]) == 0.0
 
 
 def test_a_group_shapes_the_reward_and_leaves_the_score_alone() -> None:
