@@ -85,6 +85,16 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.functions) > 0, "reward.functions is empty: name at least one reward function")
+        for name in self.functions:
+            _require(
+                self.functions.count(name) == 1,
+                f"reward.functions names {name!r} twice: name it once, and weight it with reward.weights",
+            )
+        _require(
+            "score" not in self.functions,
+            "reward.functions names 'score', which stands for the weighted sum of all functions in other settings: name "
+            "the function by its place, as package.module.score or path/file.py:score",
+        )
         _require(
             self.weights is None or len(self.weights) == len(self.functions),
             f"reward.weights has {len(self.weights or [])} entries for {len(self.functions)} reward.functions: "

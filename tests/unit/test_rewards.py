@@ -122,6 +122,27 @@ def test_names_are_short_and_unique() -> None:
     assert function_names(["a.py:f", "b.py:f", "p.g"]) == ["a.py:f", "b.py:f", "g"]
 
 
+def test_a_function_called_score_is_not_taken_for_the_weighted_sum() -> None:
+    assert function_names(["rewards/mine.py:score", "p.g"]) == ["rewards/mine.py:score", "g"]
+    with pytest.raises(RecipeError, match="reward.functions names 'score', which stands for the weighted sum"):
+        RewardConfig(functions=["g", "score"])
+
+
+def test_a_function_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"names 'a.py:f' twice: name it once, and weight it with reward.weights"):
+        RewardConfig(functions=["a.py:f", "b.py:f", "a.py:f"])
+
+
+class Unfloatable(float):
+    def __float__(self) -> float:
+        raise RuntimeError("no float")
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise KeyError("no repr")
+
+
 def call(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], **keywords: list[Any]) -> worker.CallResult:
     monkeypatch.setattr(worker, "_functions", [function])
     monkeypatch.setattr(worker, "_names", ["f"])
