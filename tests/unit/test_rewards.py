@@ -180,6 +180,9 @@ def test_a_keyword_that_the_data_lacks_is_a_mistake_of_the_recipe(monkeypatch: p
         ([1.0, float("nan")], "value", "returned nan, which is no score"),
         ([1.0, float("-inf")], "value", "returned -inf, which is no score"),
         ([1.0, "1"], "value", "returned a str ('1') where a number or None is needed"),
+        ([1.0, 10**400], "value", "returned a int that is no number: OverflowError: int too large"),
+        ([1.0, Unfloatable()], "value", "returned a Unfloatable that is no number: RuntimeError: no float ("),
+        ([1.0, Unprintable()], "value", "returned a Unprintable that is no number: KeyError: 'no repr' ("),
     ],
 )
 def test_wrong_values_are_named_and_never_repaired(
