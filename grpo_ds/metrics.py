@@ -19,22 +19,28 @@ from grpo_ds.rewards import FunctionStats
 def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Merges one rank's statistics with those of all ranks: `*_max` by maximum, all others by sum.
 
-    Every rank must hold the same names. Two small all-reduces.
+    A plugin may name a statistic in some micro-batches only, so the ranks first agree on the names: a few hundred bytes a
+    rank, then two small all-reduces.
     """
+    shapes: dict[str, list[int]] = {}
+    for part in ranks.all_gather({name: list(value.shape) for name, value in stats.items()}, "names of metrics"):
+        shapes |= part
     result: dict[str, Tensor] = {}
     for is_max in (False, True):
-        names = sorted(n for n in stats if n.endswith("_max") is is_max)
+        names = sorted(n for n in shapes if n.endswith("_max") is is_max)
         if not names:
             continue
-        flat = torch.cat([stats[n].double().flatten() for n in names])
+        nothing = float("-inf") if is_max else 0.0
+        values = [stats[n] if n in stats else torch.full(shapes[n], nothing) for n in names]
+        flat = torch.cat([value.double().flatten() for value in values])
         flat = ranks.max(flat, "metrics") if is_max else ranks.sum(flat, "metrics")
-        parts = flat.split([stats[n].numel() for n in names])
-        result |= {n: part.reshape(stats[n].shape) for n, part in zip(names, parts, strict=True)}
+        parts = flat.split([value.numel() for value in values])
+        result |= {n: part.reshape(shapes[n]) for n, part in zip(names, parts, strict=True)}
     return result
 
 
 def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
-    """Merged statistics -> what is logged. Sums over tokens become means over the step's tokens.
+    """Merged statistics -> what is logged. Sums over tokens become means over the step's tokens, maxima stay.
 
     `loss` is already the step's loss (shares add up to it).
     """
@@ -42,7 +48,9 @@ def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
     if "kl_sum" in stats:
         out["kl"] = float(stats["kl_sum"]) / max(tokens, 1)
     for name, value in stats.items():
-        if name.startswith("policy/") and value.numel() == 1:
+        if name.startswith("policy/") and name.endswith("_max"):
+            out[name] = float(value)
+        elif name.startswith("policy/"):
             plain = name.removesuffix("_tokens").removesuffix("_sum")
             out[plain] = float(value) / max(tokens, 1)
     fresh = float(stats["fresh_tokens"])
