@@ -39,12 +39,16 @@ def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return result
 
 
-def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
-    """Merged statistics -> what is logged. Sums over tokens become means over the step's tokens, maxima stay.
+def summarise(stats: dict[str, Tensor], tokens: float, steps: int) -> dict[str, float | None]:
+    """Merged statistics -> what is logged. Sums over tokens become means over `tokens`, maxima stay.
 
-    `loss` is already the step's loss (shares add up to it).
+    `loss` is a mean over `steps`: the shares of an optimizer step add up to its loss. Where no token was trained on, there
+    are no statistics: loss and entropy are null, and kl, policy/* and mismatch/* are missing.
     """
-    out = {"loss": float(stats["loss"]), "entropy": float(stats["entropy_sum"]) / max(tokens, 1)}
+    if not stats:
+        return {"loss": None, "entropy": None, "stale_token_share": 0.0, "logprob_gap": 0.0}
+    out: dict[str, float | None] = {"loss": float(stats["loss"]) / steps}
+    out["entropy"] = float(stats["entropy_sum"]) / max(tokens, 1)
     if "kl_sum" in stats:
         out["kl"] = float(stats["kl_sum"]) / max(tokens, 1)
     for name, value in stats.items():
@@ -124,7 +128,8 @@ def round_metrics(
     rank's responses of kept groups that are not trained on, by reason (every rank names the same ones).
 
     `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
-    `loss`, `grad_norm`: means over the round's optimizer steps. `mixed_version_share`: trained responses with tokens of
+    `optimizer_steps`: those taken; `optimizer_steps_skipped`: those of which every token is masked. `loss`, `grad_norm`:
+    means over those taken, null without any (see `summarise`). `mixed_version_share`: trained responses with tokens of
     several versions. `stale_tokens_masked`: tokens of trained groups that are too old to give a loss
     (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made.
     `left_out/<reason>`: responses of kept groups that are not trained on (`grpo_ds.samples.LEFT_OUT`). The rest:
@@ -146,13 +151,12 @@ def round_metrics(
     total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
     reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses, too_old = total[:11]
     trained = sum(step.totals.tokens for step in plan)
-    values = summarise(stats, trained)
-    values["loss"] /= len(plan)
+    taken = len(norms)
     return {
         "reward": reward / max(rewarded, 1),
         "score_all": score / max(scored, 1),
         **reward_means(collection, functions, ranks),
-        "grad_norm": sum(norms) / len(norms),
+        "grad_norm": sum(norms) / taken if taken else None,
         **group_metrics(collection),
         "mixed_version_share": mixed / max(trained_responses, 1),
         "response_tokens/mean": tokens / max(responses, 1),
@@ -165,6 +169,7 @@ def round_metrics(
         "stale_tokens_masked": too_old,
         "samples": sum(step.samples for step in plan),
         **{f"left_out/{reason}": int(count) for reason, count in zip(left_out, total[11:], strict=True)},
-        "optimizer_steps": len(plan),
-        **values,
+        "optimizer_steps": taken,
+        "optimizer_steps_skipped": len(plan) - taken,
+        **summarise(stats, trained, taken),
     }
