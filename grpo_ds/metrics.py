@@ -84,9 +84,11 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
     """What became of the round's groups on all nodes; every rank knows it.
 
     `dropped/<reason>`: as the filter gives it, or `stale`. `version_lag/*`: policy versions that the oldest trained token
-    of a group is behind the engines. `groups/in_flight`: prompts still being answered at the round's end;
-    `groups/aborted`: those whose answers were cut off; `groups/asked_again`: those asked once more, after an abort or a
-    resume (see sync.mode).
+    of a group is behind the engines. `kept_groups`: those trained on, of this round and before; `groups/kept_by_filter`:
+    those of this round that the filter kept, surplus included. `groups/in_flight`: prompts still being answered at the
+    round's end; `groups/aborted`: those whose answers were cut off, and `tokens_aborted`: what had been generated of them,
+    which `tokens_generated` does not count; `groups/asked_again`: those asked once more, after an abort or a resume (see
+    sync.mode).
     """
     counts = collection.counts
     drops = {f"{DROPPED}{reason}": 0 for reason in ("all_right", "all_wrong", "unscorable", "stale")}
@@ -97,7 +99,9 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
         **drops,
         "surplus_groups": counts.get("surplus", 0),
         "generation_batches": counts.get("batches", 0),
+        "groups/kept_by_filter": counts.get("kept", 0),
         **{f"groups/{name}": counts.get(name, 0) for name in ("in_flight", "aborted", "asked_again")},
+        "tokens_aborted": counts.get("tokens_aborted", 0),
         "version_lag/mean": sum(collection.lags) / max(len(collection.lags), 1),
         "version_lag/max": max(collection.lags, default=0),
     }
@@ -148,7 +152,7 @@ def round_metrics(
     too_old = sum(span.end - span.start for span in spans if span.version < collection.oldest)
     sums = [sum(rewards), len(rewards), sum(scores), len(scores), sum(lengths), len(lengths), len(cut), baseline_tokens]
     sums += [mixed, len(members), too_old, *left_out.values()]
-    total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
+    total = ranks.sum(torch.tensor(sums, dtype=torch.float64), "round metrics").tolist()
     reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses, too_old = total[:11]
     trained = sum(step.totals.tokens for step in plan)
     taken = len(norms)

@@ -93,6 +93,7 @@ def test_generation_goes_on_until_the_round_has_its_groups_and_surplus_is_carrie
         "dropped/all_right": 4,
         "dropped/stale": 0,
         "aborted": 0,
+        "tokens_aborted": 0,
         "batches": 2,
         "surplus": 1,
     }
@@ -135,6 +136,16 @@ def test_a_filter_of_ones_own_may_give_any_reason_and_each_is_counted() -> None:
     }
     row = group_metrics(got)
     assert (row["kept_groups"], row["dropped_groups"], row["dropped/too easy"]) == (3, 3, 1)
+
+
+def test_what_the_filter_kept_is_told_apart_from_what_is_trained_on() -> None:
+    world = World(lambda index: [0.0, 1.0], batch=4)
+    rows = [group_metrics(world.collect(k)) for k in range(2)]
+    # Four kept a batch, three trained on: the second round takes the surplus of the first and two of its own.
+    assert [(row["groups/kept_by_filter"], row["kept_groups"], row["surplus_groups"]) for row in rows] == [
+        (4, 3, 1),
+        (4, 3, 2),
+    ]
 
 
 def test_exhaustion_is_an_error_that_counts_what_was_seen() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from grpo_ds.collect import Collection
-from grpo_ds.metrics import reward_means, summarise
+from grpo_ds.metrics import reward_means, round_metrics, summarise
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 
 ROLLOUT = Rollout((5,), (-1.0,), "stop", (VersionSpan(0, 0, 1),), "")
@@ -52,6 +53,14 @@ def test_sums_of_a_policy_loss_are_logged_over_the_tokens_and_maxima_as_they_are
         "policy/clipped": 0.5,
         "policy/ratio_max": 5.0,
     }
+
+
+def test_counts_are_exact_beyond_what_float32_holds() -> None:
+    """2^24 + 1 is the first integer that float32 rounds, to 2^24."""
+    many: Any = range(2**24 + 1)
+    member = Scored(replace(ROLLOUT, token_ids=many), 1.0, 1.0, {})
+    made = Collection([], [], {}, [Group(Prompt(0, 0, (1,), "p", {}), (member,), None)])
+    assert round_metrics(made, [], {}, [], TwinNodes(), (), {})["tokens_generated"] == 2 * (2**24 + 1)  # type: ignore[arg-type]
 
 
 def test_a_node_that_made_nothing_takes_part() -> None:
