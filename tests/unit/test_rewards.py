@@ -71,6 +71,30 @@ def test_exact_match_takes_the_last_number_or_the_last_line() -> None:
     assert exact_match(["7"], solution=[None]) == [None]
 
 
+@pytest.mark.parametrize(
+    ("completion", "truth", "value"),
+    [
+        ("Range 3-5", "5", 1.0),
+        ("Range 3-5", "-5", 0.0),
+        ("(2)-5", "5", 1.0),
+        ("x[1]-5", "5", 1.0),
+        ("GPT-4", "4", 1.0),
+        ("x = -5", "-5", 1.0),
+        ("-5", "-5", 1.0),
+        ("(-5)", "-5", 1.0),
+        ("3 - 5", "5", 1.0),
+        ("\u22127", "-7", 1.0),
+        ("\u22127", "7", 0.0),
+        ("-7", "\u22127", 1.0),
+        ("3\u22127", "7", 1.0),
+        ("-.5", "-0.5", 1.0),
+    ],
+)
+def test_a_minus_is_a_sign_where_nothing_stands_right_before_it(completion: str, truth: str, value: float) -> None:
+    assert exact_match([completion], answer=[truth]) == [value]
+    assert gsm8k([f"#### {truth}"], answer=[truth]) == [1.0]
+
+
 def test_gsm8k_reads_the_marked_answer_only() -> None:
     completions = ["#### 5 no, #### 72", "72", "#### 71", "#### 1,072.00"]
     assert gsm8k(completions, answer=["x\n#### 72", "#### 72", "#### 72", "#### 1072"]) == [1.0, 0.0, 0.0, 1.0]
