@@ -47,6 +47,8 @@ class Answer:
     """rollout.n responses; None: aborted before all of them were whole."""
     greedy: list[Rollout] | None = None
     """One response, where the estimator needs a greedy baseline."""
+    aborted_tokens: int = 0
+    """Of an aborted prompt: the tokens of all its responses, which nobody uses."""
 
 
 class Generation(Protocol):
@@ -85,6 +87,8 @@ class Verdict:
     version: int
     """The oldest policy version that made any of its tokens that may be trained on."""
     node: int
+    aborted_tokens: int = 0
+    """See `Answer`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Collection:
     order: list[int]
     """Prompt indices of all groups of the round on all nodes, ascending."""
     counts: dict[str, int]
-    """Groups: `kept`, `dropped/<reason>`, `surplus`; prompts: `aborted`, `asked_again`, `in_flight`; `batches` drawn."""
+    """Groups: `kept`, `dropped/<reason>`, `surplus`; prompts: `aborted`, `asked_again`, `in_flight`; `batches` drawn;
+    `tokens_aborted`."""
     rollouts: list[Group] = field(default_factory=list)
     """Everything this node generated in the round, kept or not, for the record."""
     lags: list[int] = field(default_factory=list)
@@ -214,11 +219,15 @@ class Collector:
         decisions = [self._decide(group, version) for group in fresh]
         self.carried += [g for g, d in zip(fresh, decisions, strict=True) if d.keep]
         mine = [self._verdict(g, d, version) for g, d in zip(fresh, decisions, strict=True)]
-        mine += [Verdict(a.prompt.index, False, None, version, self.ranks.node) for a in answers if a.train is None]
+        mine += [
+            Verdict(a.prompt.index, False, None, version, self.ranks.node, a.aborted_tokens)
+            for a in answers
+            if a.train is None
+        ]
         verdicts = self._agree(mine)
         kept = [v for v in verdicts if v.keep]
         aborted = sorted(v.index for v in verdicts if v.reason is None)
-        counts.update(kept=len(kept), aborted=len(aborted))
+        counts.update(kept=len(kept), aborted=len(aborted), tokens_aborted=sum(v.aborted_tokens for v in verdicts))
         counts.update(f"{DROPPED}{v.reason}" for v in verdicts if not v.keep and v.reason is not None)
         self.in_flight -= {v.index for v in verdicts}
         self.again += aborted
@@ -239,7 +248,8 @@ class Collector:
     def _decide(self, group: Group, version: int) -> Decision:
         if self._stale(group, version):
             return Decision(False, "stale")
-        scores = [m.metric(self.filter.metric_to_filter) for m in group.members]
+        # A member without a score is not trained on, so its value of one function must not keep the group.
+        scores = [None if m.score is None else m.metric(self.filter.metric_to_filter) for m in group.members]
         if not self.filter.enable:
             scored = any(score is not None for score in scores)
             return Decision(scored, "kept" if scored else "unscorable")
@@ -258,7 +268,7 @@ class Collector:
 
     def _agree(self, mine: list[Verdict]) -> list[Verdict]:
         """All nodes' verdicts, on every rank."""
-        rows: list[Any] = [[v.index, v.keep, v.reason, v.version, v.node] for v in mine]
+        rows: list[Any] = [[v.index, v.keep, v.reason, v.version, v.node, v.aborted_tokens] for v in mine]
         return [Verdict(*row) for part in self.ranks.all_gather(rows, "filter verdicts") for row in part]
 
     def _exhausted(self, round_index: int, counts: Counter[str], have: int, needed: int) -> None:

@@ -6,16 +6,18 @@ reason, and nothing is rewritten silently. `grpo_ds.recipe` reads the file and t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_ds.config_algorithm import AlgorithmConfig
 from grpo_ds.config_algorithm import FilterGroupsConfig as FilterGroupsConfig
 from grpo_ds.config_algorithm import ImportanceConfig as ImportanceConfig
+from grpo_ds.config_reward import RewardConfig as RewardConfig
 from grpo_ds.contradictions import contradictions
 from grpo_ds.errors import RecipeError as RecipeError
 from grpo_ds.errors import require as _require
-from grpo_ds.errors import require_positive
+from grpo_ds.errors import require_from_zero, require_positive
 from grpo_ds.lora_config import LoraConfig
 
 
@@ -60,37 +62,8 @@ class DataConfig:
     shuffle: bool = True
     """Permute the rows anew in each epoch, by train.seed."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    functions: list[str]
-    """Reward functions: an entry point's name, `package.module.function` or `path/file.py:function`."""
-    weights: list[float] | None = None
-    """Weight of each function in the score; null: 1 each."""
-    function_args: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Options of functions that are classes, by the function's name: {Length: {target: 100}}."""
-    workers: int = 2
-    """Processes that run reward functions, per node."""
-    timeout_s: float = 10.0
-    """Deadline a sample, in seconds: a call that misses it is killed, and its samples are tried one by one."""
-    on_error: Literal["fail", "unscored"] = "fail"
-    """A function that raises or misses its deadline: end the run, or count the sample as `cannot be scored`."""
-    dry_run_rows: int = 2
-    """Rows on which each function is tried before any model is loaded; 0: none."""
-    overlong_buffer_len: int = 0
-    """DAPO's soft overlong buffer B, in tokens: the last B of max_response_tokens are punished; 0: off."""
-    overlong_penalty_factor: float = 1.0
-    """Penalty at the full length (DAPO's factor f), in units of reward."""
-
     def __post_init__(self) -> None:
-        _require(len(self.functions) > 0, "reward.functions is empty: name at least one reward function")
-        _require(
-            self.weights is None or len(self.weights) == len(self.functions),
-            f"reward.weights has {len(self.weights or [])} entries for {len(self.functions)} reward.functions: "
-            "give one weight a function",
-        )
-        require_positive("reward", self, "timeout_s", "workers")
-        _require(self.overlong_buffer_len >= 0, "reward.overlong_buffer_len must not be negative")
+        require_positive("data", self, "max_prompt_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +86,11 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         _require(self.n >= 1, "rollout.n must be at least 1")
         _require(self.max_response_tokens >= 1, "rollout.max_response_tokens must be at least 1")
-        _require(self.temperature > 0, "rollout.temperature must be positive: training needs sampled responses")
+        _require(
+            0 < self.temperature < math.inf,
+            "rollout.temperature must be positive: training needs sampled responses",
+        )
+        require_from_zero("rollout", self, "top_k", zero="off")
         _require(0 < self.top_p <= 1, "rollout.top_p must lie in (0, 1]")
         _require(
             self.prompts_per_batch is None or self.prompts_per_batch >= 1, "rollout.prompts_per_batch must be >= 1"
@@ -202,9 +179,14 @@ class ActorConfig:
     """Tokens whose logits exist at once; bounds memory at (this x vocabulary)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, "actor.lr must not be negative")
-        _require(self.kl_loss_coef >= 0, "actor.kl_loss_coef must not be negative")
-        _require(self.grad_clip >= 0, "actor.grad_clip must not be negative")
+        require_from_zero("actor", self, "lr", "weight_decay", "kl_loss_coef")
+        require_from_zero("actor", self, "lr_warmup_steps", zero="no warm-up")
+        require_from_zero("actor", self, "grad_clip", zero="no clipping")
+        require_positive("actor", self, "adam_eps", "logprob_chunk_tokens")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"actor.betas is {list(self.betas)}, both must lie in [0, 1)",
+        )
         _require(
             self.kl_target is None or (self.kl_target > 0 and self.kl_loss_coef > 0),
             "actor.kl_target must be positive and needs actor.kl_loss_coef > 0 to start from",
@@ -305,6 +287,8 @@ class TrainConfig:
             f"train.prompts_per_update must lie between 1 and train.prompts_per_round ({self.prompts_per_round})",
         )
         _require(self.keep_checkpoints >= 1, "train.keep_checkpoints must be at least 1")
+        require_from_zero("train", self, "checkpoint_every", zero="never, but at the end")
+        require_from_zero("train", self, "evaluate_every", zero="never, but before and after")
         require_positive("train", self, "heldout_n", "collective_timeout_s", "start_timeout_s")
         _require(
             self.heldout_temperature is None or self.heldout_temperature >= 0, "train.heldout_temperature is negative"
@@ -324,6 +308,9 @@ class RunConfig:
     """Run name; the folder is <dir>/<name>-<time>."""
     rollouts_per_round: int = 64
     """Responses of each round and node written to rollouts/*.jsonl, in whole groups chosen by chance; 0: none."""
+
+    def __post_init__(self) -> None:
+        require_from_zero("run", self, "rollouts_per_round", zero="none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def _about_lora(recipe: Recipe) -> Iterator[str]:
     lora = recipe.model.lora
     if lora.rank < 0:
         yield "model.lora.rank must not be negative (0 switches LoRA off)"
-    if lora.alpha <= 0:
+    if not 0 < lora.alpha < math.inf:
         yield "model.lora.alpha must be positive"
     if not lora.targets:
         yield "model.lora.targets is empty: name at least one linear layer"

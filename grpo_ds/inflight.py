@@ -50,9 +50,8 @@ class Foreground:
         """All that was asked, however many are enough."""
         prompts, self._asked = self._asked, []
         rows = {purpose: self._sampler(prompts, purpose, self._round) for purpose in reversed(self._purposes)}
-        return [
-            Answer(prompt, **{purpose: row[k] for purpose, row in rows.items()}) for k, prompt in enumerate(prompts)
-        ]
+        greedy = rows.get("greedy", [None] * len(prompts))
+        return [Answer(*row) for row in zip(prompts, rows["train"], greedy, strict=True)]
 
     def abort(self) -> None:
         """Nothing is in flight between calls."""
@@ -176,6 +175,7 @@ class InFlight:
         if any(raw.finish_reason == "abort" for raws in asked.raws.values() for raw in raws):
             if not self._aborted:
                 raise EngineError(f"prompt {asked.prompt.index}: somebody else aborted its requests at the server")
-            return Answer(asked.prompt)
+            tokens = sum(len(raw.token_ids) for raws in asked.raws.values() for raw in raws)
+            return Answer(asked.prompt, aborted_tokens=tokens)
         rollouts = {purpose: [self._sampler.rollout(raw) for raw in raws] for purpose, raws in asked.raws.items()}
-        return Answer(asked.prompt, **rollouts)
+        return Answer(asked.prompt, rollouts["train"], rollouts.get("greedy"))

@@ -120,7 +120,8 @@ def train(recipe: Recipe, parts: Parts, first_round: int, version: int) -> int:
         left_out = parts.advantage.left_out(collection.groups)
         metrics |= round_metrics(collection, work.plan, stats, norms, parts.ranks, parts.reward_functions, left_out)
         metrics |= parts.counts() | parts.colocation.metrics() | clock.metrics(sync=phases)
-        parts.kl.update(metrics.get("kl", 0.0), metrics["samples"])
+        if "kl" in metrics:  # nothing was measured without a reference, or in a round without a token to train on
+            parts.kl.update(metrics["kl"], metrics["samples"])
         parts.log.round(metrics, collection.rollouts)
         check_freshness(recipe, round_index, version - 1, metrics["logprob_gap"])
         parts.parity.require()
@@ -182,11 +183,16 @@ def advantages(
 def update(
     parts: Parts, work: Assignment, version: int, clock: Clock, known: Frozen | None = None
 ) -> tuple[Stats, list[float]]:
-    """The optimizer steps of the round; returns statistics over all steps and ranks, and the gradient norms."""
-    actor = parts.actor
-    steps = work.micro_batches(parts.ranks.rank, parts.layout, actor.device)
+    """The optimizer steps of the round that have a token to train on.
+
+    Returns statistics over these steps and all ranks, empty where there was none, and their gradient norms.
+    """
+    cut = work.micro_batches(parts.ranks.rank, parts.layout, parts.actor.device)
+    # Without a token there is no step: momentum and weight decay alone would move the weights, and the warm-up would go
+    # on. Every rank has the same plan.
+    steps = [micros if plan.totals.tokens else [] for plan, micros in zip(work.plan, cut, strict=True)]
     # One step a round: the old policy is the one being differentiated, so no pass is made for it.
-    several = len(steps) > 1
+    several = sum(bool(micros) for micros in steps) > 1
     # Masks that come after the estimator change the plan; every rank has the same two plans.
     if known is None or known.plan != work.plan:
         with clock.time("logprobs"):
@@ -196,29 +202,48 @@ def update(
     stats: list[Stats] = []
     norms: list[float] = []
     for k, (plan, micros) in enumerate(zip(work.plan, steps, strict=True)):
+        if not micros:
+            continue
         with clock.time("update"):
-            for j, micro in enumerate(micros):
-                parts.check_engine()
-                logprobs, entropy = actor.forward(micro)
-                share, numbers = parts.objective(
-                    logprobs,
-                    entropy,
-                    micro,
-                    plan.totals,
-                    version=version,
-                    old_logprobs=old[k][j] if old else None,
-                    ref_logprobs=ref[k][j] if ref else None,
-                    kl_coef=parts.kl.coef,
-                )
-                actor.backward(share)
-                stats.append(numbers)
-            norms.append(actor.step())
+            stats += accumulate(parts, plan, micros, version, old[k] if old else None, ref[k] if ref else None)
+            norms.append(parts.actor.step())
         if not norms[-1] < float("inf"):
             raise FloatingPointError(
                 f"{parts.ranks.where}, optimizer step {k}: the gradient norm is {norms[-1]}; the last checkpoint is "
                 "untouched: lower actor.lr, and look at rollouts/ of this round"
             )
-    return reduce_stats(reduce(merge, stats), parts.ranks), norms
+    return reduce_stats(reduce(merge, stats, {}), parts.ranks), norms
+
+
+def accumulate(
+    parts: Parts,
+    plan: UpdatePlan,
+    micros: list[MicroBatch],
+    version: int,
+    old: list[Tensor] | None,
+    ref: list[Tensor] | None,
+) -> list[Stats]:
+    """Adds up the gradient of an optimizer step; returns the statistics of this rank's micro-batches.
+
+    old, ref: (M,) for each micro-batch, as in `Frozen`.
+    """
+    stats = []
+    for j, micro in enumerate(micros):
+        parts.check_engine()
+        logprobs, entropy = parts.actor.forward(micro)
+        share, numbers = parts.objective(
+            logprobs,
+            entropy,
+            micro,
+            plan.totals,
+            version=version,
+            old_logprobs=old[j] if old else None,
+            ref_logprobs=ref[j] if ref else None,
+            kl_coef=parts.kl.coef,
+        )
+        parts.actor.backward(share)
+        stats.append(numbers)
+    return stats
 
 
 def check_freshness(recipe: Recipe, round_index: int, version: int, gap: float) -> None:

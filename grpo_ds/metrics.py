@@ -19,30 +19,42 @@ from grpo_ds.rewards import FunctionStats
 def reduce_stats(stats: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Merges one rank's statistics with those of all ranks: `*_max` by maximum, all others by sum.
 
-    Every rank must hold the same names. Two small all-reduces.
+    A plugin may name a statistic in some micro-batches only, so the ranks first agree on the names: a few hundred bytes a
+    rank, then two small all-reduces.
     """
+    shapes: dict[str, list[int]] = {}
+    for part in ranks.all_gather({name: list(value.shape) for name, value in stats.items()}, "names of metrics"):
+        shapes |= part
     result: dict[str, Tensor] = {}
     for is_max in (False, True):
-        names = sorted(n for n in stats if n.endswith("_max") is is_max)
+        names = sorted(n for n in shapes if n.endswith("_max") is is_max)
         if not names:
             continue
-        flat = torch.cat([stats[n].double().flatten() for n in names])
+        nothing = float("-inf") if is_max else 0.0
+        values = [stats[n] if n in stats else torch.full(shapes[n], nothing) for n in names]
+        flat = torch.cat([value.double().flatten() for value in values])
         flat = ranks.max(flat, "metrics") if is_max else ranks.sum(flat, "metrics")
-        parts = flat.split([stats[n].numel() for n in names])
-        result |= {n: part.reshape(stats[n].shape) for n, part in zip(names, parts, strict=True)}
+        parts = flat.split([value.numel() for value in values])
+        result |= {n: part.reshape(shapes[n]) for n, part in zip(names, parts, strict=True)}
     return result
 
 
-def summarise(stats: dict[str, Tensor], tokens: float) -> dict[str, float]:
-    """Merged statistics -> what is logged. Sums over tokens become means over the step's tokens.
+def summarise(stats: dict[str, Tensor], tokens: float, steps: int) -> dict[str, float | None]:
+    """Merged statistics -> what is logged. Sums over tokens become means over `tokens`, maxima stay.
 
-    `loss` is already the step's loss (shares add up to it).
+    `loss` is a mean over `steps`: the shares of an optimizer step add up to its loss. Where no token was trained on, there
+    are no statistics: loss and entropy are null, and kl, policy/* and mismatch/* are missing.
     """
-    out = {"loss": float(stats["loss"]), "entropy": float(stats["entropy_sum"]) / max(tokens, 1)}
+    if not stats:
+        return {"loss": None, "entropy": None, "stale_token_share": 0.0, "logprob_gap": 0.0}
+    out: dict[str, float | None] = {"loss": float(stats["loss"]) / steps}
+    out["entropy"] = float(stats["entropy_sum"]) / max(tokens, 1)
     if "kl_sum" in stats:
         out["kl"] = float(stats["kl_sum"]) / max(tokens, 1)
     for name, value in stats.items():
-        if name.startswith("policy/") and value.numel() == 1:
+        if name.startswith("policy/") and name.endswith("_max"):
+            out[name] = float(value)
+        elif name.startswith("policy/"):
             plain = name.removesuffix("_tokens").removesuffix("_sum")
             out[plain] = float(value) / max(tokens, 1)
     fresh = float(stats["fresh_tokens"])
@@ -72,9 +84,11 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
     """What became of the round's groups on all nodes; every rank knows it.
 
     `dropped/<reason>`: as the filter gives it, or `stale`. `version_lag/*`: policy versions that the oldest trained token
-    of a group is behind the engines. `groups/in_flight`: prompts still being answered at the round's end;
-    `groups/aborted`: those whose answers were cut off; `groups/asked_again`: those asked once more, after an abort or a
-    resume (see sync.mode).
+    of a group is behind the engines. `kept_groups`: those trained on, of this round and before; `groups/kept_by_filter`:
+    those of this round that the filter kept, surplus included. `groups/in_flight`: prompts still being answered at the
+    round's end; `groups/aborted`: those whose answers were cut off, and `tokens_aborted`: what had been generated of them,
+    which `tokens_generated` does not count; `groups/asked_again`: those asked once more, after an abort or a resume (see
+    sync.mode).
     """
     counts = collection.counts
     drops = {f"{DROPPED}{reason}": 0 for reason in ("all_right", "all_wrong", "unscorable", "stale")}
@@ -85,7 +99,9 @@ def group_metrics(collection: Collection) -> dict[str, Any]:
         **drops,
         "surplus_groups": counts.get("surplus", 0),
         "generation_batches": counts.get("batches", 0),
+        "groups/kept_by_filter": counts.get("kept", 0),
         **{f"groups/{name}": counts.get(name, 0) for name in ("in_flight", "aborted", "asked_again")},
+        "tokens_aborted": counts.get("tokens_aborted", 0),
         "version_lag/mean": sum(collection.lags) / max(len(collection.lags), 1),
         "version_lag/max": max(collection.lags, default=0),
     }
@@ -116,7 +132,8 @@ def round_metrics(
     rank's responses of kept groups that are not trained on, by reason (every rank names the same ones).
 
     `reward`: mean shaped reward of the trained groups. `score_all`: mean unshaped score of everything generated.
-    `loss`, `grad_norm`: means over the round's optimizer steps. `mixed_version_share`: trained responses with tokens of
+    `optimizer_steps`: those taken; `optimizer_steps_skipped`: those of which every token is masked. `loss`, `grad_norm`:
+    means over those taken, null without any (see `summarise`). `mixed_version_share`: trained responses with tokens of
     several versions. `stale_tokens_masked`: tokens of trained groups that are too old to give a loss
     (filter_groups.max_staleness); `stale_token_share`: of those that do, how many an earlier policy made.
     `left_out/<reason>`: responses of kept groups that are not trained on (`grpo_ds.samples.LEFT_OUT`). The rest:
@@ -135,16 +152,15 @@ def round_metrics(
     too_old = sum(span.end - span.start for span in spans if span.version < collection.oldest)
     sums = [sum(rewards), len(rewards), sum(scores), len(scores), sum(lengths), len(lengths), len(cut), baseline_tokens]
     sums += [mixed, len(members), too_old, *left_out.values()]
-    total = ranks.sum(torch.tensor([float(x) for x in sums]), "round metrics").tolist()
+    total = ranks.sum(torch.tensor(sums, dtype=torch.float64), "round metrics").tolist()
     reward, rewarded, score, scored, tokens, responses, truncated, extra, mixed, trained_responses, too_old = total[:11]
     trained = sum(step.totals.tokens for step in plan)
-    values = summarise(stats, trained)
-    values["loss"] /= len(plan)
+    taken = len(norms)
     return {
         "reward": reward / max(rewarded, 1),
         "score_all": score / max(scored, 1),
         **reward_means(collection, functions, ranks),
-        "grad_norm": sum(norms) / len(norms),
+        "grad_norm": sum(norms) / taken if taken else None,
         **group_metrics(collection),
         "mixed_version_share": mixed / max(trained_responses, 1),
         "response_tokens/mean": tokens / max(responses, 1),
@@ -157,6 +173,7 @@ def round_metrics(
         "stale_tokens_masked": too_old,
         "samples": sum(step.samples for step in plan),
         **{f"left_out/{reason}": int(count) for reason, count in zip(left_out, total[11:], strict=True)},
-        "optimizer_steps": len(plan),
-        **values,
+        "optimizer_steps": taken,
+        "optimizer_steps_skipped": len(plan) - taken,
+        **summarise(stats, trained, taken),
     }

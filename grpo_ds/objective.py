@@ -56,7 +56,7 @@ class Objective:
         token_loss, policy_stats = self._checked(result, logprobs, old, micro.advantages)
         weights = self._weights(old, micro)
         token_loss = token_loss * weights
-        stats: Stats = {f"policy/{name}": value.detach().double() for name, value in policy_stats.items()}
+        stats: Stats = {f"policy/{name}": value.detach().double().reshape(()) for name, value in policy_stats.items()}
         if ref_logprobs is not None:
             kl = kl_estimate(self.actor.kl_loss_type, logprobs, ref_logprobs)
             if self.actor.kl_placement == "loss":
@@ -96,7 +96,8 @@ class Objective:
         if fault:
             raise ValueError(
                 f"actor.policy_loss_fn: {REGISTRY.label(self.actor.policy_loss_fn)} returned {fault}: it must return "
-                f"(token_loss, stats) with one finite loss for each of the {logprobs.numel()} tokens, not yet reduced"
+                f"(token_loss, stats) with one finite loss for each of the {logprobs.numel()} tokens, not yet reduced, and "
+                "one number a statistic"
             )
         return result  # type: ignore[return-value]
 
@@ -114,6 +115,9 @@ def _fault(result: object, logprobs: Tensor, inputs: tuple[Tensor, ...]) -> str 
         return "a loss without a gradient"
     if not isinstance(stats, dict) or not all(isinstance(value, Tensor) for value in stats.values()):
         return "stats that are no dict of tensors"
+    for name, value in stats.items():
+        if value.numel() != 1:
+            return f"the statistic {name!r} of shape {tuple(value.shape)}"
     if not loss.isfinite().all() and all(given.isfinite().all() for given in (logprobs, *inputs)):
         return f"the loss {loss.detach()[~loss.isfinite()][0].item()} for finite log-probabilities and advantages"
     return None

@@ -56,7 +56,7 @@ def _scored(data: dict[str, Any]) -> Scored:
         spans=tuple(VersionSpan(**span) for span in raw["spans"]),
         text=raw["text"],
     )
-    return Scored(rollout, data["score"], data["reward"], data["parts"])
+    return Scored(rollout, data["score"], data["reward"], data["parts"], data["failed"])
 
 
 def write_groups(path: Path, groups: Iterable[Group]) -> None:

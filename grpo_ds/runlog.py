@@ -160,11 +160,13 @@ def line(m: dict[str, Any], rounds: int) -> str:
     """One round on one line."""
     seconds = {k.removeprefix("seconds/"): v for k, v in m.items() if k.startswith("seconds/")}
     split = " ".join(f"{k} {seconds.get(k, 0.0):.2f}" for k in ("generation", "reward", "logprobs", "update", "sync"))
+    # A round whose tokens are all masked has neither.
+    loss, norm = ("-" if m[k] is None else format(m[k], how) for k, how in (("loss", "+.4f"), ("grad_norm", ".3f")))
     rate = m["tokens_generated"] / max(seconds["total"], 1e-9)
     return (
         f"round {m['round'] + 1:>4}/{rounds}  score {m['score_all']:.3f}  reward {m['reward']:+.3f}  "
-        f"groups {m['kept_groups']} kept {m['dropped_groups']} dropped  loss {m['loss']:+.4f}  "
-        f"grad {m['grad_norm']:.3f}  gap {m['logprob_gap']:.1e}  {rate:,.0f} tok/s  {seconds['total']:.2f} s ({split})"
+        f"groups {m['kept_groups']} kept {m['dropped_groups']} dropped  loss {loss}  "
+        f"grad {norm}  gap {m['logprob_gap']:.1e}  {rate:,.0f} tok/s  {seconds['total']:.2f} s ({split})"
     )
 
 

@@ -68,10 +68,14 @@ class Scored:
     reward: float | None
     """The score after shaping (overlong penalty); what the estimator gets. None exactly where score is None."""
     parts: dict[str, float | None]
-    """Each reward function's own value."""
+    """Each reward function's own value; None: it does not apply to this response, or failed on it."""
+    failed: bool = False
+    """One of the functions raised or missed its deadline, so the response has no score, whatever the others say."""
 
     def metric(self, name: str) -> float | None:
-        """`score`, or the value of the reward function of that name."""
+        """`score`, or the value of the reward function of that name; None where any function failed."""
+        if self.failed:
+            return None
         return self.score if name == "score" else self.parts[name]
 
 

@@ -6,8 +6,12 @@ A policy loss is a class whose fields are its options and whose `__call__` is
 
 over the M response tokens of a packed micro-batch. `sequence_index` (int64) does not decrease, and no sequence is split
 over micro-batches. M may be 0: the result is then an empty tensor that can still be differentiated. Gradients flow
-through `logprobs` alone. `stats` are SUMS over tokens, detached: add them over micro-batches and ranks, then divide by
-the token count of the step. Importance weights, KL and the reduction are applied outside (`aggregate`).
+through `logprobs` alone. Importance weights, KL and the reduction are applied outside (`aggregate`).
+
+`stats` maps names to tensors of one element. Each is a SUM over the tokens: the trainer adds it over micro-batches and
+ranks and logs `policy/<name>`, without a trailing `_sum` or `_tokens`, as a mean over the round's tokens. A name that
+ends in `_max` is a MAXIMUM instead, taken over micro-batches and ranks and logged as it is. A name may be missing where
+there is nothing to say, as of the maximum of no tokens.
 """
 
 from __future__ import annotations

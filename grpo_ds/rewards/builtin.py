@@ -7,8 +7,10 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-_MARKED = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?|-?\.\d+)")
+# A hyphen right behind a digit, a letter or a bracket is none of the number's ("3-5", "GPT-4"); U+2212 is a minus.
+_SIGNED = r"(?:(?<![\w)\]}])[-\u2212])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_NUMBER = re.compile(_SIGNED)
+_MARKED = re.compile(rf"####\s*\$?({_SIGNED})")
 _TRUTH_COLUMNS = ("answer", "ground_truth", "solution")
 
 
@@ -17,7 +19,7 @@ def _text(completion: Any) -> str:
 
 
 def _number(text: str) -> Decimal:
-    return Decimal(text.replace(",", ""))
+    return Decimal(text.replace(",", "").replace("\u2212", "-"))
 
 
 def _truths(function: str, columns: dict[str, list[Any]]) -> list[Any]:

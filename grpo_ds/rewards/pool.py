@@ -69,8 +69,9 @@ class RewardPool:
         columns: Mapping[str, Sequence[Any]],
         rows: Sequence[int] | None = None,
         group_sizes: Sequence[int] | None = None,
-    ) -> list[dict[str, float | None]]:
-        """Every function's value of every sample: N mappings {function name: value or None}.
+    ) -> tuple[list[dict[str, float | None]], set[int]]:
+        """Every function's value of every sample, N mappings {function name: value or None}, and the samples on which any
+        function failed (with `reward.on_error: unscored`).
 
         All arguments have N entries. `prompts` are strings or lists of messages; `completions` are strings and reach
         the function as messages where the prompt is one. `rows` are the rows of the data file, for messages only.
@@ -79,8 +80,8 @@ class RewardPool:
         """
         batch = RewardBatch.make(prompts, completions, completion_ids, columns, rows)
         sizes = [len(batch.rows)] if group_sizes is None else group_sizes
-        values = Scoring(self._processes, self._functions, self._config, batch).run(sizes)
-        return [dict(zip(self.names, parts, strict=True)) for parts in zip(*values, strict=True)]
+        values, failed = Scoring(self._processes, self._functions, self._config, batch).run(sizes)
+        return [dict(zip(self.names, parts, strict=True)) for parts in zip(*values, strict=True)], failed
 
     def score_groups(
         self, pairs: Sequence[tuple[Prompt, Sequence[Rollout]]], *, max_response_tokens: int
@@ -89,7 +90,7 @@ class RewardPool:
         the run allows, in tokens, from which the overlong penalty counts."""
         flat = [(prompt, rollout) for prompt, rollouts in pairs for rollout in rollouts]
         names = sorted({name for prompt, _ in flat for name in prompt.columns})
-        parts = self.score(
+        parts, failed = self.score(
             [prompt.text for prompt, _ in flat],
             [rollout.text for _, rollout in flat],
             [list(rollout.token_ids) for _, rollout in flat],
@@ -100,7 +101,8 @@ class RewardPool:
         groups, begin = [], 0
         for prompt, rollouts in pairs:
             own = parts[begin : begin + len(rollouts)]
-            groups.append(make_group(prompt, rollouts, own, self._config, max_response_tokens))
+            guilty = {k for k in range(len(rollouts)) if begin + k in failed}
+            groups.append(make_group(prompt, rollouts, own, self._config, max_response_tokens, guilty))
             begin += len(rollouts)
         return groups
 

@@ -50,10 +50,14 @@ def resolve(
 def function_names(specs: Sequence[str]) -> list[str]:
     """Short unique names for metrics and `parts`: the function's own name, or the whole spec where names collide.
 
+    `score` alone is the weighted sum of all of them (`Scored.metric`), so a function of that name goes by its spec.
+
     >>> function_names(["gsm8k", "rewards/length.py:score", "pkg.format.score"])
     ['gsm8k', 'rewards/length.py:score', 'pkg.format.score']
-    >>> function_names(["rewards/length.py:short", "pkg.format.tags"])
-    ['short', 'tags']
+    >>> function_names(["rewards/length.py:short", "pkg.format.tags", "pkg.rubric.score"])
+    ['short', 'tags', 'pkg.rubric.score']
     """
     short = [spec.rpartition(":")[2].rpartition(".")[2] for spec in specs]
-    return [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
+    return [
+        name if short.count(name) == 1 and name != "score" else spec for name, spec in zip(short, specs, strict=True)
+    ]

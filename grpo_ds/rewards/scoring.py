@@ -2,9 +2,10 @@
 
 A call holds the responses of one prompt, so a function may compare them. It has `reward.timeout_s` for all of them,
 which suits functions that take no time. Where a call fails (raises, misses the deadline, loses its process), each of its
-samples is tried alone, with the deadline to itself; those that fail again are guilty: they end the run, or have no value
-(`reward.on_error`). The others are then called once more, together, with that deadline each, and this call gives their
-values. A function whose call was late although none of its samples is gets that longer deadline from then on.
+samples is tried alone, with the deadline to itself; those that fail again are guilty: they end the run, or are unscored,
+whatever the other functions say (`reward.on_error`). The others are then called once more, together, with that deadline
+each, and this call gives their values. A function whose call was late although none of its samples is gets that longer
+deadline from then on.
 """
 
 from __future__ import annotations
@@ -123,12 +124,16 @@ class Scoring:
     ) -> None:
         self._processes, self._functions, self._config, self._batch = processes, functions, config, batch
         self._values: list[list[float | None]] = [[None] * len(batch.rows) for _ in functions]
+        self._guilty: set[int] = set()
         self._out: dict[Future[Any], _Job] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
         self._restarts = 0
 
-    def run(self, sizes: Sequence[int]) -> list[list[float | None]]:
-        """[function][sample]; sizes: the samples of each prompt, which are neighbours."""
+    def run(self, sizes: Sequence[int]) -> tuple[list[list[float | None]], set[int]]:
+        """[function][sample], and the samples on which any function failed.
+
+        sizes: the samples of each prompt, which are neighbours.
+        """
         for which, function in enumerate(self._functions):
             function.samples += len(self._batch.rows)
             begin = 0
@@ -143,7 +148,7 @@ class Scoring:
                 future.cancel()
         for function, values in zip(self._functions, self._values, strict=True):
             function.unscored += values.count(None)
-        return self._values
+        return self._values, self._guilty
 
     def _ask(self, which: int, samples: Sequence[int]) -> None:
         deadlines = len(samples) if self._functions[which].slow else 1
@@ -209,7 +214,9 @@ class Scoring:
             raise RewardError(f"reward {function.name} {result.message}; return one number or None a completion")
         elif result.status == "value":
             sample = self._batch.describe(job.samples[result.position])
-            raise RewardError(f"reward {function.name} {result.message} ({sample}); return None for `cannot be scored`")
+            raise RewardError(
+                f"reward {function.name} {result.message} ({sample}); return None where it does not apply"
+            )
         else:
             self._failed(job, result.message)
 
@@ -232,6 +239,7 @@ class Scoring:
                 f"reward {function.name} {reason} on {where}; correct the function, or set "
                 "reward.on_error: unscored to leave such samples out"
             )
+        self._guilty.update(job.samples)
         function.left_out(reason, where)
         function.timeouts += len(job.samples) * late
         function.errors += len(job.samples) * (not late)

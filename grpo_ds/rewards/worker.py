@@ -124,17 +124,26 @@ def _checked(returned: Any, samples: int, seconds: float) -> CallResult:
     if len(returned) != samples:
         message = f"returned {len(returned)} values for {samples} completions"
         return CallResult(status="count", message=message, seconds=seconds)
+    values: list[float | None] = []
     for position, value in enumerate(returned):
-        if value is None:
-            continue
-        if not isinstance(value, numbers.Real):
-            message = f"returned a {type(value).__name__} ({value!r:.80}) where a number or None is needed"
-            return CallResult(status="value", message=message, position=position, seconds=seconds)
-        if not math.isfinite(value):
-            message = f"returned {float(value)}, which is no score"
-            return CallResult(status="value", message=message, position=position, seconds=seconds)
-    values = tuple(None if value is None else float(value) for value in returned)
-    return CallResult(status="ok", values=values, seconds=seconds)
+        try:
+            number, fault = _number(value)
+        except (Exception, SystemExit) as error:  # the value's own code: __float__, __repr__
+            number, fault = None, f"returned a {type(value).__name__} that is no number: {describe(error)}"
+        if fault:
+            return CallResult(status="value", message=fault, position=position, seconds=seconds)
+        values.append(number)
+    return CallResult(status="ok", values=tuple(values), seconds=seconds)
+
+
+def _number(value: Any) -> tuple[float | None, str]:
+    """A returned value as a number or None, and what is wrong with it (empty: nothing)."""
+    if value is None:
+        return None, ""
+    if not isinstance(value, numbers.Real):
+        return None, f"returned a {type(value).__name__} ({value!r:.80}) where a number or None is needed"
+    number = float(value)
+    return number, "" if math.isfinite(number) else f"returned {number}, which is no score"
 
 
 def describe(error: BaseException) -> str:

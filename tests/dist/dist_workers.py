@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grpo_ds.dist import DistError, Ranks
+from grpo_ds.metrics import reduce_stats
 from tests.dist.harness import meet
 
 SHORT_S = 5.0
@@ -24,6 +25,13 @@ def gathered_value(rank: int) -> Any:
     return [None, {"naïve": [1.5, "π" * 1000]}, "x"][rank % 3]
 
 
+def statistics(rank: int) -> dict[str, torch.Tensor]:
+    """Names that sort differently on each rank, of sums, of maxima and of a row of numbers."""
+    own = {0: {"policy/a": 5.0}, 1: {"policy/z": 7.0, "policy/b_max": -4.0}, 2: {"policy/c_max": 3.0}}[rank % 3]
+    values = {"loss": float(rank + 1), "policy/b_max": -9.0, **own}
+    return {name: torch.tensor(value) for name, value in values.items()} | {"bins": torch.tensor([1.0, rank])}
+
+
 def primitives(folder: Path) -> dict[str, Any]:
     """Every collective once."""
     meet(folder, "primitives")
@@ -36,6 +44,7 @@ def primitives(folder: Path) -> dict[str, Any]:
         "empty": [p.hex() for p in ranks.exchange([b""] * ranks.world, "test")],
         "sum": ranks.sum(torch.tensor([float(ranks.rank), 1e-12], dtype=torch.float64), "test"),
         "max": ranks.max(torch.tensor([float(-ranks.rank)]), "test"),
+        "statistics": reduce_stats(statistics(ranks.rank), ranks),
         "column": (ranks.column, _column(ranks) if ranks.nodes > 1 else []),
         "facts": [ranks.node, ranks.nodes, ranks.leads_node, ranks.is_main],
     }

@@ -47,6 +47,12 @@ def test_sum_and_max_are_in_float64(three: list[Any]) -> None:
         assert rank["max"].tolist() == [0.0]
 
 
+def test_statistics_that_only_some_ranks_have_are_merged_under_their_own_names(three: list[Any]) -> None:
+    wanted = {"loss": 6.0, "policy/a": 5.0, "policy/z": 7.0, "policy/b_max": -4.0, "policy/c_max": 3.0, "bins": [3.0, 3.0]}
+    for rank in three:
+        assert {name: value.tolist() for name, value in rank["statistics"].items()} == wanted
+
+
 def test_on_one_node_each_rank_is_a_column(three: list[Any]) -> None:
     assert [rank["column"][0] for rank in three] == [[0], [1], [2]]
 

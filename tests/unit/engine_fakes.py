@@ -97,7 +97,7 @@ class FakeEngine:
             time.sleep(0.002)
         self._reach()
         if flight != self.aborts:
-            return [[RawRollout((), (), "abort", ())] * spec.n]
+            return [[RawRollout((7,), (-1.0,), "abort", (VersionSpan(began, 0, 1),))] * spec.n]
         if self.open:
             raise AssertionError("asked to generate in the middle of a weight update")
         answer = answer_to(request, spec, self.held, began)

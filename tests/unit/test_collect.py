@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def test_generation_goes_on_until_the_round_has_its_groups_and_surplus_is_carrie
         "dropped/all_right": 4,
         "dropped/stale": 0,
         "aborted": 0,
+        "tokens_aborted": 0,
         "batches": 2,
         "surplus": 1,
     }
@@ -136,6 +138,16 @@ def test_a_filter_of_ones_own_may_give_any_reason_and_each_is_counted() -> None:
     assert (row["kept_groups"], row["dropped_groups"], row["dropped/too easy"]) == (3, 3, 1)
 
 
+def test_what_the_filter_kept_is_told_apart_from_what_is_trained_on() -> None:
+    world = World(lambda index: [0.0, 1.0], batch=4)
+    rows = [group_metrics(world.collect(k)) for k in range(2)]
+    # Four kept a batch, three trained on: the second round takes the surplus of the first and two of its own.
+    assert [(row["groups/kept_by_filter"], row["kept_groups"], row["surplus_groups"]) for row in rows] == [
+        (4, 3, 1),
+        (4, 3, 2),
+    ]
+
+
 def test_exhaustion_is_an_error_that_counts_what_was_seen() -> None:
     four: list[list[float | None]] = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [None, 1.0]]
     world = World(lambda index: four[index % 4], max_num_gen_batches=2)
@@ -164,6 +176,21 @@ def test_without_the_filter_equal_scores_are_kept_and_only_unscorable_groups_are
 def test_the_filter_can_look_at_one_reward_function() -> None:
     world = World(odd_prompts_differ, metric_to_filter="f")
     assert world.collect().order == [1, 3, 5]
+
+
+def test_a_response_without_a_score_does_not_keep_its_group_by_one_function() -> None:
+    """f is 1 and 1 where there is a score, and 0 where a function with a weight said nothing."""
+    world = World(lambda index: [1.0, 1.0], metric_to_filter="f", max_num_gen_batches=1)
+    grade = world.collector.grader
+    assert grade is not None
+
+    def with_one_unscored(pairs: list[tuple[Prompt, list[Rollout]]]) -> list[Group]:
+        extra = [Scored(rollouts[0], None, None, {"f": 0.0, "g": None}) for _, rollouts in pairs]
+        return [replace(g, members=(*g.members, e)) for g, e in zip(grade(pairs), extra, strict=True)]
+
+    world.collector.grader = with_one_unscored
+    with pytest.raises(Exhausted, match=r"0 of 3 groups that the filter keeps \(4 all_right\)"):
+        world.collect()
 
 
 def test_the_sampler_is_told_the_purpose_and_the_round() -> None:

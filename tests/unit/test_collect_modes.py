@@ -28,6 +28,7 @@ from grpo_ds.config import (
 )
 from grpo_ds.filters import get_filter
 from grpo_ds.inflight import Foreground
+from grpo_ds.metrics import group_metrics
 from grpo_ds.types import Group, Prompt, Rollout, Scored, VersionSpan
 from tests.unit.engine_fakes import Meeting, OneRank
 
@@ -203,7 +204,7 @@ class Scripted(Node):
         return done
 
     def abort(self) -> None:
-        self.done += [Answer(prompt) for prompt, _ in self.open.values()]
+        self.done += [Answer(prompt, aborted_tokens=3) for prompt, _ in self.open.values()]
         self.open.clear()
 
 
@@ -288,6 +289,7 @@ def test_abort_asks_the_same_prompts_first_in_the_next_round_and_draws_no_new_on
     collects = all_kept("abort", node)
     first = collects.collect(0, 0, Clock())
     assert first.order == [0, 2, 4] and first.counts["aborted"] == 2 and "in_flight" not in first.counts
+    assert group_metrics(first)["tokens_aborted"] == 6
     assert collects.again == collects.unfinished() == [1, 3]
     node.version, node.looks = 1, [[1], [3, 7]]
     second = collects.collect(1, 1, Clock())

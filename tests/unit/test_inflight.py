@@ -103,7 +103,8 @@ def test_aborted_prompts_are_told_and_can_be_asked_again(diary: Diary) -> None:
     running.ask(prompts(0, 1, 2, 3), 0)
     assert set(collected(running, 2)) == {0, 2}
     running.abort()
-    assert {a.prompt.index: a.train for a in running.answers(0)} == {1: None, 3: None}
+    # Each of the two responses had a token.
+    assert {a.prompt.index: (a.train, a.aborted_tokens) for a in running.answers(0)} == {1: (None, 2), 3: (None, 2)}
     for engine in diary.made:
         engine.holds = held()
     running.ask(prompts(1, 3), 1)
@@ -121,7 +122,10 @@ def test_what_waits_for_its_turn_is_aborted_without_being_sent(diary: Diary) -> 
     running.ask(prompts(*range(8)), 0)
     wait_for("the first two", lambda: len(diary.asked) == 2)
     running.abort()
-    assert [a.train for a in running.answers(0)] == [None] * 8
+    # Of those that were sent each response had a token.
+    assert (
+        sorted((a.train is None, a.aborted_tokens) for a in running.answers(0)) == [(True, 0)] * 6 + [(True, 512)] * 2
+    )
     assert len(diary.asked) == 2
     pool.close()
 

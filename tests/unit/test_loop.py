@@ -158,7 +158,8 @@ def test_a_dead_engine_ends_the_update_at_the_next_micro_batch() -> None:
         ranks=SimpleNamespace(rank=0),
         layout="padded",
     )
-    work: Any = SimpleNamespace(plan=[SimpleNamespace(totals=None)], micro_batches=lambda *_: [[None] * 5])
+    plan = [SimpleNamespace(totals=SimpleNamespace(tokens=5))]
+    work: Any = SimpleNamespace(plan=plan, micro_batches=lambda *_: [[None] * 5])
     with pytest.raises(EngineError, match="gone"):
         loop.update(parts, work, 0, Clock())
     assert asked == [0, 1, 2], "before each of the first three"

@@ -109,6 +109,7 @@ def test_an_empty_micro_batch_gives_a_zero_with_a_gradient_and_the_same_statisti
         (lambda lp: (0.5, {}), "a loss of type float"),
         (lambda lp: (lp * float("inf"), {}), "the loss -inf for finite log-probabilities"),
         (lambda lp: (lp, {"clipped": 0.5}), "stats that are no dict of tensors"),
+        (lambda lp: (lp, {"ok": lp.sum(), "clipped": lp > 0}), r"the statistic 'clipped' of shape \(2,\)"),
     ],
 )
 def test_a_policy_loss_that_breaks_its_contract_is_named(result: Any, fault: str) -> None:
@@ -141,6 +142,14 @@ def test_statistics_merge_by_sum_and_those_named_max_by_maximum() -> None:
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     merged = merge({"a": one, "b_max": two}, {"a": two, "b_max": one, "c": one})
     assert {name: value.item() for name, value in merged.items()} == {"a": 3.0, "b_max": 2.0, "c": 1.0}
+
+
+def test_a_statistic_of_one_element_is_a_number_whatever_its_shape() -> None:
+    given = iter([torch.tensor([2.0]), torch.tensor(3)])
+    objective = Objective(lambda lp, *_: (lp, {"x": next(given)}), ActorConfig(), ImportanceConfig())
+    rest: Any = {"version": 3, "old_logprobs": None, "ref_logprobs": None, "kl_coef": 0.0}
+    one, other = (objective(torch.zeros(2), torch.zeros(2), BATCH, TOTALS, **rest)[1] for _ in range(2))
+    assert merge(one, other)["policy/x"].item() == 5.0
 
 
 def test_statistics_of_two_halves_are_those_of_the_whole() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -109,6 +112,45 @@ def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(
     message = refusal(written(tmp_path, tree))
     for word in ["mine.yaml", *words]:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("reward.overlong_penalty_factor", -1.0, "is -1.0, it must be a finite number from 0 up (0: no penalty)"),
+        ("reward.overlong_penalty_factor", math.inf, "is inf, it must be a finite number"),
+        ("reward.dry_run_rows", -1, "is -1, it must be a finite number from 0 up"),
+        ("reward.weights", [math.nan], "is [nan]: give finite weights"),
+        ("reward.weights", [0.0], "is [0.0]: give finite weights, and one of them other than 0"),
+        ("data.max_prompt_tokens", 0, "is 0, it must be positive"),
+        ("rollout.top_k", -1, "is -1, it must be a finite number from 0 up (0: off)"),
+        ("rollout.temperature", math.inf, "must be positive"),
+        ("actor.lr", math.inf, "is inf, it must be a finite number from 0 up"),
+        ("actor.lr_warmup_steps", -1, "is -1, it must be a finite number from 0 up (0: no warm-up)"),
+        ("actor.weight_decay", -0.1, "is -0.1, it must be a finite number from 0 up"),
+        ("actor.kl_loss_coef", math.nan, "is nan, it must be a finite number from 0 up"),
+        ("actor.grad_clip", -1.0, "is -1.0, it must be a finite number from 0 up (0: no clipping)"),
+        ("actor.betas", [0.9, 1.0], "is [0.9, 1.0], both must lie in [0, 1)"),
+        ("actor.betas", [-0.1, 0.9], "is [-0.1, 0.9], both must lie in [0, 1)"),
+        ("actor.adam_eps", 0.0, "is 0.0, it must be positive"),
+        ("actor.logprob_chunk_tokens", 0, "is 0, it must be positive"),
+        ("train.checkpoint_every", -1, "is -1, it must be a finite number from 0 up (0: never, but at the end)"),
+        ("train.evaluate_every", -1, "is -1, it must be a finite number from 0 up (0: never, but before and after)"),
+        ("run.rollouts_per_round", -1, "is -1, it must be a finite number from 0 up (0: none)"),
+        ("model.lora.alpha", math.nan, "must be positive"),
+    ],
+)
+def test_numbers_that_would_mean_something_else_are_refused(
+    tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    """-1 is how others say `off`: as a warm-up it would make the learning rate negative, as an interval every round."""
+    tree: dict[str, Any] = copy.deepcopy(MINIMAL)
+    *sections, name = key.split(".")
+    section = tree
+    for part in sections:
+        section = section.setdefault(part, {})
+    section[name] = value
+    assert f"{key} {words}" in refusal(written(tmp_path, tree))
 
 
 def test_yaml_merge_keys_may_be_overridden(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_the_score_is_the_weighted_sum_of_what_could_be_scored() -> None:
     assert weighted_score([1.0, 0.5], [2.0, 4.0]) == 4.0
     assert weighted_score([None, 0.5], [2.0, 4.0]) == 2.0
     assert weighted_score([None, None], [2.0, 4.0]) is None
+    assert weighted_score([None, 37.0], [1.0, 0.0]) is None, "what is only measured says nothing of the response"
+    assert weighted_score([0.0, 37.0], [1.0, 0.0]) == 0.0
 
 
 def test_a_group_shapes_the_reward_and_leaves_the_score_alone() -> None:
@@ -67,6 +69,30 @@ def test_exact_match_takes_the_last_number_or_the_last_line() -> None:
     assert exact_match(completions, ground_truth=truths) == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     assert exact_match(["7"], solution=["3 + 4\n#### 7"]) == [1.0]
     assert exact_match(["7"], solution=[None]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("completion", "truth", "value"),
+    [
+        ("Range 3-5", "5", 1.0),
+        ("Range 3-5", "-5", 0.0),
+        ("(2)-5", "5", 1.0),
+        ("x[1]-5", "5", 1.0),
+        ("GPT-4", "4", 1.0),
+        ("x = -5", "-5", 1.0),
+        ("-5", "-5", 1.0),
+        ("(-5)", "-5", 1.0),
+        ("3 - 5", "5", 1.0),
+        ("\u22127", "-7", 1.0),
+        ("\u22127", "7", 0.0),
+        ("-7", "\u22127", 1.0),
+        ("3\u22127", "7", 1.0),
+        ("-.5", "-0.5", 1.0),
+    ],
+)
+def test_a_minus_is_a_sign_where_nothing_stands_right_before_it(completion: str, truth: str, value: float) -> None:
+    assert exact_match([completion], answer=[truth]) == [value]
+    assert gsm8k([f"#### {truth}"], answer=[truth]) == [1.0]
 
 
 def test_gsm8k_reads_the_marked_answer_only() -> None:
@@ -120,6 +146,27 @@ def test_names_are_short_and_unique() -> None:
     assert function_names(["a.py:f", "b.py:f", "p.g"]) == ["a.py:f", "b.py:f", "g"]
 
 
+def test_a_function_called_score_is_not_taken_for_the_weighted_sum() -> None:
+    assert function_names(["rewards/mine.py:score", "p.g"]) == ["rewards/mine.py:score", "g"]
+    with pytest.raises(RecipeError, match="reward.functions names 'score', which stands for the weighted sum"):
+        RewardConfig(functions=["g", "score"])
+
+
+def test_a_function_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"names 'a.py:f' twice: name it once, and weight it with reward.weights"):
+        RewardConfig(functions=["a.py:f", "b.py:f", "a.py:f"])
+
+
+class Unfloatable(float):
+    def __float__(self) -> float:
+        raise RuntimeError("no float")
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise KeyError("no repr")
+
+
 def call(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], **keywords: list[Any]) -> worker.CallResult:
     monkeypatch.setattr(worker, "_functions", [function])
     monkeypatch.setattr(worker, "_names", ["f"])
@@ -157,6 +204,9 @@ def test_a_keyword_that_the_data_lacks_is_a_mistake_of_the_recipe(monkeypatch: p
         ([1.0, float("nan")], "value", "returned nan, which is no score"),
         ([1.0, float("-inf")], "value", "returned -inf, which is no score"),
         ([1.0, "1"], "value", "returned a str ('1') where a number or None is needed"),
+        ([1.0, 10**400], "value", "returned a int that is no number: OverflowError: int too large"),
+        ([1.0, Unfloatable()], "value", "returned a Unfloatable that is no number: RuntimeError: no float ("),
+        ([1.0, Unprintable()], "value", "returned a Unprintable that is no number: KeyError: 'no repr' ("),
     ],
 )
 def test_wrong_values_are_named_and_never_repaired(

@@ -125,7 +125,7 @@ def make_pool(tmp_path: Path) -> Iterator[MakePool]:
 
 def score(pool: RewardPool, *completions: str, **columns: list[Any]) -> list[dict[str, float | None]]:
     count = len(completions)
-    return pool.score(["p"] * count, list(completions), [[1]] * count, columns, list(range(100, 100 + count)))
+    return pool.score(["p"] * count, list(completions), [[1]] * count, columns, list(range(100, 100 + count)))[0]
 
 
 def prompt(index: int) -> Prompt:
@@ -279,7 +279,7 @@ def test_the_options_of_a_class_come_from_the_recipe_and_are_checked(make_pool: 
 
 def test_messages_in_the_prompt_make_messages_of_the_completion(make_pool: MakePool) -> None:
     prompts = [[{"role": "user", "content": "p"}], "p"]
-    parts = make_pool("roles").score(prompts, ["hi", "hi"], [[1], [1]], {})
+    parts, _ = make_pool("roles").score(prompts, ["hi", "hi"], [[1], [1]], {})
     assert [p["roles"] for p in parts] == [1.0, 0.0]
 
 
