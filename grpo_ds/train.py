@@ -347,8 +347,6 @@ class Run:
         self.done, self.version = done, version
         for key in ("samples", "tokens_generated", "tokens_trained"):
             self.totals[key] += metrics[key]
-        if self.recipe.actor.kl_target is not None:
-            self.totals["kl_coef"] = self.kl.coef
         self.totals["seconds"] = time.monotonic() - self.clock
         # The signal reaches the ranks at different times, or only one.
         asked = any(self.ranks.all_gather(stop_requested(), "stop request")) and done < train.rounds
@@ -361,6 +359,7 @@ class Run:
     def _save(self) -> Path:
         from grpo_ds.actor.checkpoint import TrainerState, save_checkpoint
 
+        adapted = {} if self.recipe.actor.kl_target is None else {"kl_coef": self.kl.coef}
         state = TrainerState(
             self.done,
             self.version,
@@ -368,7 +367,7 @@ class Run:
             self.policy.steps_taken,
             self.ranks.world,
             self.state.must_match,
-            dict(self.totals),
+            self.totals | adapted,
             self.collector.unfinished(),
         )
         carried = self.collector.carried if self.ranks.leads_node else None
