@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from grpo_ds.actor.ds_json import zero_stage
 from grpo_ds.actor.head import TokenLogProbs
+from grpo_ds.actor.policy import adam_options
 from grpo_ds.config import ActorConfig, ModelConfig, RecipeError
 from grpo_ds.dist import Ranks
 
@@ -149,12 +150,7 @@ def recompute_activations(model: nn.Module) -> None:
 
 def _optimizer(module: nn.Module, actor: ActorConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    options: dict[str, Any] = {
-        "lr": actor.lr,
-        "betas": actor.betas,
-        "eps": actor.adam_eps,
-        "weight_decay": actor.weight_decay,
-    }
+    options = {"lr": actor.lr, **adam_options(actor)}
     trained = [param for param in module.parameters() if param.requires_grad]
     if offload != "none":
         return DeepSpeedCPUAdam(trained, **options)
