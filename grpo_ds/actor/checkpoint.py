@@ -7,28 +7,22 @@ functions of train.seed and the round, and torch is seeded from them at each rou
 
 Bytes at 70B: 14 B a parameter (bf16 weights, fp32 master and two moments), written by all ranks in parallel: 1.9 GB a
 rank on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of
-ranks is first converted to DeepSpeed's universal format, by one process of the first node that reads all of it and
-writes fp32 tensors of 12 B a parameter beside it.
+ranks is first converted (`grpo_ds.actor.universal`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_ds.actor.universal import UNIVERSAL, make_universal
 from grpo_ds.config import RecipeError
 from grpo_ds.dist import Ranks
 from grpo_ds.records import read_groups, replace_folder, write_groups
 from grpo_ds.types import Group
-
-_UNIVERSAL = "universal"
-"""Folder in a checkpoint that holds its universal form, once another number of ranks has asked for it."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,8 @@ def load_checkpoint(checkpoint: Path, engine: Any, ranks: Ranks) -> list[Group]:
     An engine configured with checkpoint.load_universal takes a checkpoint of any number of ranks.
     """
     if engine.load_universal_checkpoint():
-        _make_universal(checkpoint, ranks)
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=_UNIVERSAL)
+        make_universal(checkpoint, ranks)
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=UNIVERSAL)
         for state in engine.optimizer.optimizer.state.values():
             # DeepSpeed 0.19.8 gives all sub-groups one step tensor, which each of them would then count up.
             if hasattr(state.get("step"), "clone"):
@@ -128,32 +122,3 @@ def load_checkpoint(checkpoint: Path, engine: Any, ranks: Ranks) -> list[Group]:
         return []
     groups = [group for file in sorted(checkpoint.glob("carried-*.jsonl")) for group in read_groups(file)]
     return [group for group in groups if group.prompt.index % ranks.nodes == ranks.node]
-
-
-def _make_universal(checkpoint: Path, ranks: Ranks) -> None:
-    """The main rank converts the checkpoint, once; all ranks learn of a failure. Raises RuntimeError."""
-    problem = None
-    if ranks.is_main and not (checkpoint / _UNIVERSAL).is_dir():
-        problem = _convert(checkpoint, ranks.timeout_s)
-    problem = ranks.broadcast(problem, "conversion of the checkpoint")
-    if problem:
-        raise RuntimeError(f"{checkpoint} could not be converted for {ranks.world} ranks: {problem}")
-
-
-def _convert(checkpoint: Path, timeout_s: float) -> str | None:
-    """Runs DeepSpeed's converter in a process of its own; returns what went wrong."""
-    partial = checkpoint / f"{_UNIVERSAL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    workers = str(min(4, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return f"DeepSpeed's ds_to_universal did not end within {timeout_s:g} s (train.collective_timeout_s)"
-    if done.returncode != 0:
-        return f"DeepSpeed's ds_to_universal failed: {done.stderr.strip()[-500:]}"
-    partial.rename(checkpoint / _UNIVERSAL)
-    return None
