@@ -16,6 +16,7 @@ from pathlib import Path
 
 from grpo_ds.dist import Ranks
 from grpo_ds.recipe import ROOT
+from grpo_ds.records import replace_folder, sync
 
 UNIVERSAL = "universal"
 """Folder in a checkpoint that holds its universal form."""
@@ -57,7 +58,9 @@ def convert(checkpoint: Path, timeout_s: float) -> str | None:
     if code != 0:
         said = log.read_bytes()[begin:].decode(errors="replace")
         return f"DeepSpeed's ds_to_universal failed: {said.strip()[-500:]}"
-    partial.rename(checkpoint / UNIVERSAL)
+    for file in partial.rglob("*"):
+        sync(file)
+    replace_folder(partial, checkpoint / UNIVERSAL)
     return None
 
 
