@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState
+from grpo_ds.actor.ds_json import offloads_optimizer
 from grpo_ds.colocation import Colocation
 from grpo_ds.config import ActorConfig, AlgorithmConfig, EngineConfig, ModelConfig, Recipe, RecipeError
 from grpo_ds.dist import Ranks
@@ -25,6 +26,7 @@ from grpo_ds.lora import find_targets
 from grpo_ds.losses import REGISTRY as LOSSES
 from grpo_ds.losses import check_kl_name, get_policy_loss
 from grpo_ds.plugins import located
+from grpo_ds.recipe import resolve_path
 from grpo_ds.rewards import function_names
 from grpo_ds.samples import AdvantageStage
 from grpo_ds.sync.publish import WeightPublisher
@@ -168,23 +170,68 @@ def load_tokenizer(path: str, model: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers raises many types for the same fact
-        raise _no_tokenizer(
-            path, str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        ) from None
+        raise _no_tokenizer(path, _first_line(error)) from None
     # Where the files are missing, transformers may make a tokenizer of the model's class that knows no word.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise _no_tokenizer(path, "there are no tokenizer files")
     return tokenizer
 
 
-def check_lora(path: str, model: ModelConfig) -> None:
-    """Refuses adapters that do not fit the model, before its weights are read."""
-    if not model.lora.rank:
-        return
+def check_optimizer(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Makes ready, or refuses, the compiled optimizer that the actor's DeepSpeed configuration asks for."""
+    if offloads_optimizer(config):
+        backend.load_cpu_adam(recipe.train.start_timeout_s)
+
+
+def check_models(recipe: Recipe, path: str, bases: list[Path]) -> None:
+    """Refuses what the policy at `path`, or the reference, cannot do, before weights are read or an engine starts."""
+    policy = _empty_model("model.path", path, recipe.model)
+    find_targets(policy, recipe.model.lora.targets if recipe.model.lora.rank else ())
+    if recipe.model.gradient_checkpointing:
+        backend.recompute_activations(policy)
+    named = recipe.reference.path
+    if named and recipe.actor.kl_loss_coef > 0:
+        _empty_model("reference.path", str(resolve_path(named, bases) or named), recipe.model)
+
+
+def _empty_model(key: str, path: str, model: ModelConfig) -> Any:
+    """The model as it would be trained, without memory for its weights."""
+    try:
+        empty = _without_weights(path, model, model.attn_implementation)
+    except Exception as error:  # transformers and the packages of attention kernels raise many types
+        raise _unfit(key, path, model, error) from None
+    backend.check_head(empty, f"{key}: {path}")
+    return empty
+
+
+def _without_weights(path: str, model: ModelConfig, attention: str) -> Any:
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    find_targets(empty, model.lora.targets)
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, backend.resolve_dtype(model)),
+            attn_implementation=attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+
+def _unfit(key: str, path: str, model: ModelConfig, error: Exception) -> RecipeError:
+    """What to say of `error`: whether the model cannot be built, or only not with this attention."""
+    try:
+        _without_weights(path, model, "eager")
+    except Exception as reason:
+        return RecipeError(
+            f"{key}: transformers can build no causal language model from {path} ({_first_line(reason)}): correct the path, "
+            "or its config.json"
+        )
+    return RecipeError(
+        f"model.attn_implementation: {model.attn_implementation} cannot be used here ({_first_line(error)}): choose sdpa or "
+        "eager, or install the package that it needs"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
 
 
 def _no_tokenizer(path: str, reason: str) -> RecipeError:

@@ -80,7 +80,7 @@ class Run:
         self.pool.dry_run(self.rows.prompts, self.rows.columns)
 
     def _check_settings(self) -> None:
-        """DeepSpeed's JSON, plugins, tokenizer, engine, the way to it."""
+        """DeepSpeed's JSON, plugins, tokenizer, model, engine, the way to it."""
         from grpo_ds import build
         from grpo_ds.actor.ds_json import load_ds_json, reference_config
         from grpo_ds.prompts import PromptStream
@@ -95,7 +95,7 @@ class Run:
         build.check_heldout_metric(recipe)
         self.model_path = str(resolve_path(recipe.model.path, self.bases) or recipe.model.path)
         self.tokenizer = build.load_tokenizer(self.model_path, recipe.model)
-        build.check_lora(self.model_path, recipe.model)
+        build.check_models(recipe, self.model_path, self.bases)
         if self.ranks.leads_node:
             build.check_engine(recipe, self.model_path)
             self.prompts = PromptStream(self.rows, self.tokenizer, recipe.data, recipe.train.seed)
@@ -104,6 +104,7 @@ class Run:
                 held = PromptStream(self.heldout_rows, self.tokenizer, plain, recipe.train.seed)
                 self.heldout = held.take(0, len(held))
         self.transport = build.weight_transport(recipe, self.ranks)
+        build.check_optimizer(recipe, self.actor_json)  # last, because it may compile
 
     def _connect(self) -> None:
         """Joins the other ranks, agrees on the run's folder, and starts the engine, which takes longest."""

@@ -4,16 +4,18 @@
 #   bash launch/test.sh [--fast] [--slow] [--gpu] [--slurm] [--sglang] [-- arguments for pytest]
 #
 # --slow    also start engines and several ranks; minutes
-# --gpu     needs an NVIDIA GPU
+# --gpu     needs an NVIDIA GPU, and is named alone: on a machine with one, the other suites run in .venv-cpu
 # --slurm   starts SLURM and ssh daemons of its own and needs root for network namespaces; on Debian and Ubuntu the
 #           packages slurm-wlm, iproute2, openssh-client, dropbear-bin and pdsh are installed
 #           (what takes longest: --slurm -- -m 'slurm and slow')
 # --sglang  makes the environment .venv-sglang first
-# Several suites may be named. A skipped test counts as failed: a suite that cannot run here is not asked for.
+# Several other suites may be named. A skipped test counts as failed: a suite that cannot run here is not asked for.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 die() { echo "test: $*" >&2; exit 2; }
+
+has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; }
 
 # need PACKAGE COMMAND...: installs Debian's package when a command is missing and this user may, else says what to do.
 need() {
@@ -43,8 +45,22 @@ while [ $# -gt 0 ]; do
 done
 [ ${#suites[@]} -gt 0 ] || suites=(fast)
 
-bash launch/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" GRPO_DS_NO_SKIP=1
+venv=.venv setup=()
+case " ${suites[*]} " in
+    " gpu ") has_gpu || die "--gpu needs an NVIDIA GPU, and there is none on this machine" ;;
+    *" gpu "*) die "--gpu runs on the CUDA packages and every other suite on those for the CPU: name it alone" ;;
+    *" sglang "*) ! has_gpu || die "--sglang is pinned for CPU machines: run it on one without an NVIDIA GPU" ;;&
+    *)
+        if has_gpu; then
+            # Two ranks would want two GPUs, and what is tested are the numbers of a CPU in float32.
+            venv=.venv-cpu
+            setup=(--device cpu --venv "$venv")
+            export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+        fi
+        ;;
+esac
+bash launch/setup.sh "${setup[@]}"
+export PATH="$PWD/$venv/bin:$PATH" VIRTUAL_ENV="$PWD/$venv" GRPO_DS_NO_SKIP=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-17179869184}"
@@ -60,7 +76,6 @@ for suite in "${suites[@]}"; do
             echo "test: mypy" && mypy
             ;;
         slow) mark='(slow and not gpu and not slurm and not sglang)' ;;
-        gpu) [ -e /dev/nvidia0 ] || die "--gpu needs an NVIDIA GPU, and there is no /dev/nvidia0" ;;
         slurm)
             mark='(slurm and not slow)'
             # Debian's daemons lie outside of most users' PATH.

@@ -7,22 +7,28 @@ so a rank holds 1/world of the model and one layer at a time, never 140 GB.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from grpo_ds.actor.ds_json import zero_stage
+from grpo_ds.actor import cpu_adam
+from grpo_ds.actor.ds_json import offloads_optimizer, zero_stage
 from grpo_ds.actor.head import TokenLogProbs
 from grpo_ds.actor.policy import adam_options
 from grpo_ds.config import ActorConfig, ModelConfig, RecipeError
@@ -117,13 +123,19 @@ def load_model(model: ModelConfig, path: str, dtype: str, config: dict[str, Any]
 
 
 def check_head(model: nn.Module, path: str) -> None:
-    """Refuses architectures whose head is more than one matrix product; their log-probabilities would be wrong."""
+    """Refuses architectures whose head is more than one matrix product; their log-probabilities would be wrong.
+
+    path: the model in the user's words, for the message. Raises RecipeError.
+    """
     config = model.config
     head = model.get_output_embeddings()  # type: ignore[operator]
     extras = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
     if head is None or getattr(head, "bias", None) is not None or extras:
         reason = "a bias" if head is not None and not extras else ", ".join(extras) or "no output embeddings"
-        raise ValueError(f"{path}: the head of {type(model).__name__} has {reason}, which the trainer does not support")
+        raise RecipeError(
+            f"{path}: the head of {type(model).__name__} has {reason}, which the trainer does not support: choose "
+            "another model"
+        )
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -148,11 +160,26 @@ def recompute_activations(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def load_cpu_adam(timeout_s: float) -> None:
+    """Has DeepSpeed use a compiled Adam for the CPU; the first process of a machine compiles it within `timeout_s`.
+
+    Raises RecipeError where that is not possible.
+    """
+    if cpu_adam.NAME in OpBuilder._loaded_ops or installed_ops.get(cpu_adam.NAME):
+        return
+    from torch.utils.cpp_extension import get_default_build_root  # setuptools, which nothing else here needs
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    versions = (torch.__version__, deepspeed.__version__, *CPUAdamBuilder().cxx_args())
+    command = [sys.executable, "-c", "from deepspeed.ops import op_builder; op_builder.CPUAdamBuilder().load()"]
+    library = cpu_adam.ensure_library(cpu_adam.library_folder(root, *versions), command, timeout_s)
+    OpBuilder._loaded_ops[cpu_adam.NAME] = cpu_adam.load_library(library)
+
+
 def _optimizer(module: nn.Module, actor: ActorConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     options = {"lr": actor.lr, **adam_options(actor)}
     trained = [param for param in module.parameters() if param.requires_grad]
-    if offload != "none":
+    if offloads_optimizer(config):
         return DeepSpeedCPUAdam(trained, **options)
     return torch.optim.AdamW(trained, fused=True, **options)
 

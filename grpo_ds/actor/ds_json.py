@@ -58,6 +58,12 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory or on disk, where DeepSpeed steps with its own Adam."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def actor_config(config: dict[str, Any], *, dtype: str, grad_clip: float, world: int) -> dict[str, Any]:
     """Completes the actor's configuration.
 

@@ -129,7 +129,7 @@ DATA_CASES = [
         r"reward\.functions: no reward is called 'aritmetic', did you mean 'arithmetic'\?.*",
     ),
 ]
-# Need torch and DeepSpeed, but no model.
+# Need torch and DeepSpeed, but no weights.
 SETTING_CASES = [
     Case(
         "batch size in DeepSpeed's file",
@@ -157,6 +157,11 @@ SETTING_CASES = [
         "no model",
         option("--model.path", "/no/such/model"),
         r"model\.path: there is no folder /no/such/model: correct the path, or give a hub name",
+    ),
+    Case(
+        "attention",
+        option("--model.attn_implementation", "sdpaa"),
+        r"model\.attn_implementation: sdpaa cannot be used here \(.*\): choose sdpa or eager, or install .*",
     ),
     Case(
         "engine", option("--engine.kind", "tgi"), r"engine\.kind is 'tgi', which does not exist: choose one of .*vllm.*"

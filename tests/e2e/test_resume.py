@@ -158,12 +158,22 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(
     assert re.fullmatch(sentence.format(re.escape(str(checkpoint)), advice), done.cause()), done.cause()
 
 
+EVEN = """
+def even(prompts, **kwargs):
+    return [float(k) if int(prompt.split("+")[0]) % 2 == 0 else None for k, prompt in enumerate(prompts)]
+"""
+"""Every other prompt of the tiny project cannot be scored."""
+
+
 @pytest.mark.slow
 def test_groups_that_a_round_paid_for_outlive_its_exhaustion(recipe: Path, tmp_path: Path) -> None:
-    """Two prompts a run are too few for four groups; the second run adds its two, with another KL coefficient."""
+    """Of four prompts a run two can be scored; the second run adds its two, with another KL coefficient."""
+    (tmp_path / "even.py").write_text(EVEN)
     arguments = ["--recipe", str(recipe), "--resume", "auto", "--train.rounds", "1", "--rollout.prompts_per_batch", "1"]
+    arguments += ["--reward.functions", f"[{tmp_path / 'even.py'}:even]", "--data.shuffle", "false"]
+    arguments += ["--data.heldout", "null"]
     filters = "--algorithm.filter_groups."
-    arguments += [f"{filters}max_num_gen_batches", "2", f"{filters}on_exhausted", "error", f"{filters}enable", "false"]
+    arguments += [f"{filters}max_num_gen_batches", "4", f"{filters}on_exhausted", "error", f"{filters}enable", "false"]
     first = run(arguments, tmp_path)
     assert first.process.returncode == 1, first.screen
     checkpoint = first.folder / "checkpoints" / "round-000000"
@@ -172,7 +182,7 @@ def test_groups_that_a_round_paid_for_outlive_its_exhaustion(recipe: Path, tmp_p
     second = run([*arguments, "--actor.kl_loss_coef", "0.02"], tmp_path)
     assert second.process.returncode == 0, second.screen
     (metrics,) = read_jsonl(first.folder / "metrics.jsonl")
-    assert (metrics["kept_groups"], metrics["generation_batches"]) == (4, 2)
+    assert (metrics["kept_groups"], metrics["generation_batches"]) == (4, 4)
     assert metrics["kl_coef"] == 0.02
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo_ds.actor.head import TokenLogProbs
-from grpo_ds.build import check_lora
-from grpo_ds.config import LoraConfig, ModelConfig, RecipeError
+from grpo_ds.config import LoraConfig, RecipeError
 from grpo_ds.lora import LoraLinear, adapters_of, adapters_off, add_adapters, find_targets, merge, merge_slice
 from grpo_ds.recipe import read_recipe
 from grpo_ds.runlog import settings_that_must_match
 from grpo_ds.shards import list_shards
-from tests.models import save_model, tiny_qwen3
+from tests.models import tiny_qwen3
 
 LORA = LoraConfig(rank=2, alpha=6.0, targets=["q_proj", "down_proj"])
 SIZES = {
@@ -255,15 +253,6 @@ def test_a_layer_that_shares_its_weight_is_refused() -> None:
     model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
     with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj shares its weight with another layer"):
         find_targets(model, ["q_proj"])
-
-
-def test_targets_are_checked_without_the_models_weights(tmp_path: Path) -> None:
-    save_model(small_model(), tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    check_lora(str(tmp_path), ModelConfig(path="m", lora=LORA))
-    check_lora("nowhere", ModelConfig(path="m"))
-    with pytest.raises(RecipeError, match="no linear layer named c_attn: choose from down_proj, "):
-        check_lora(str(tmp_path), ModelConfig(path="m", lora=LoraConfig(rank=1, targets=["c_attn"])))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def test_a_recipe_is_headed_by_size_hardware_data_and_what_to_expect(name: str) 
     assert f"Size: {count / 1e6:.2f}M parameters" in head
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_attention_kernel_of_a_recipe_is_in_the_environment_that_setup_makes(name: str) -> None:
+    lock = (RECIPES.parent / "launch/constraints-cuda.txt").read_text().splitlines()
+    have = {line.partition("==")[0] for line in lock}
+    assert {"torch", "vllm"} <= have
+    brings = {"sdpa": {"torch"}, "eager": {"torch"}, "flash_attention_2": {"flash-attn", "flash_attn", "kernels"}}
+    assert brings[read(name).model.attn_implementation] & have
+
+
 @pytest.mark.parametrize("name", ["dapo_qwen", "dapo_qwen_1gpu"])
 def test_the_held_out_table_of_dapo_shows_accuracy_and_not_the_weighted_score(name: str) -> None:
     recipe = read(name)

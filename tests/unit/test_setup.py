@@ -158,6 +158,7 @@ def test_stopping_a_script_ends_all_that_it_started(
 ) -> None:
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
+    (tmp_path / ".venv-cpu").symlink_to(".venv")  # where this machine has a GPU
     (tmp_path / "launch").mkdir()
     for name in (script, "groups.sh"):
         (tmp_path / "launch" / name).write_text((ROOT / "launch" / name).read_text())
