@@ -60,6 +60,8 @@ class Ranks:
         self.start_timeout_s = start_timeout_s or timeout_s
         self.obstacle = ""
         """Why this rank cannot go on, for `connect` to tell all of them."""
+        self.terms: dict[str, str] = {}
+        """What this rank has read, for `connect` to compare with what rank 0 has (`grpo_ds.agreement`)."""
         self.advice = (
             "if it is only slow, raise train.start_timeout_s, else `python -m grpo_ds.doctor`, started in the same way, "
             "says why"
@@ -124,7 +126,8 @@ class Ranks:
 
     def _place(self) -> rollcall.Place:
         job = os.environ.get("GRPO_DS_JOB", "")
-        return rollcall.Place(self.rank, self.local_rank, self.local_world, node_name(), job, self.obstacle)
+        place = (self.rank, self.local_rank, self.local_world, node_name())
+        return rollcall.Place(*place, job, self.obstacle, self.terms)
 
     def _store(self, timeout: datetime.timedelta) -> Any:
         """As init_process_group makes it, but without its own waiting for all ranks, which names nobody."""

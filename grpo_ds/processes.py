@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn
@@ -27,14 +27,20 @@ _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 STOPPED = 75
 """Exit code of a run that ended at its own request and goes on with --resume (EX_TEMPFAIL)."""
 
-_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")
+_LAUNCHER_COMMANDS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
+"""What DeepSpeed and PyTorch install; all of them are scripts that Python runs."""
+_LAUNCHER_MODULES = r"deepspeed\.launcher\.\w+|torch\.distributed\.(run|launch)"
+_LAUNCHER_FILES = r"(.*/)?(deepspeed/launcher/\w+|torch/distributed/(run|launch))\.py"
 
 
-def _command(pid: int) -> str:
+def _command(pid: int) -> list[str]:
+    """The words of a process' command line; none when it is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        text = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return ""
+        return []
+    # Each word ends with NUL, but for those of a process that has given itself a title.
+    return text.removesuffix("\0").split("\0") if text else []
 
 
 def _parent(pid: int) -> int:
@@ -53,10 +59,35 @@ def _started(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _is_launcher(command: str) -> bool:
-    """Python running a launcher; a shell whose command line only names one may end long before the run does."""
-    program = command.partition(" ")[0].rpartition("/")[2]
-    return program.startswith("python") and any(word in command for word in _LAUNCHERS)
+def _is_launcher(command: Sequence[str]) -> bool:
+    """Python running a launcher; what only names one, as a shell or a folder does, may end long before the run does."""
+    if not command or not os.path.basename(command[0]).startswith("python"):
+        return False
+    module, script = _what_runs(command)
+    if os.path.basename(script) in _LAUNCHER_COMMANDS:
+        return True
+    return bool(re.fullmatch(_LAUNCHER_MODULES, module) or re.fullmatch(_LAUNCHER_FILES, script))
+
+
+def _what_runs(command: Sequence[str]) -> tuple[str, str]:
+    """(module, script) of a Python command line; one of them is empty, or both.
+
+    >>> _what_runs(["python3", "-X", "dev", "-um", "torch.distributed.run", "train.py"])
+    ('torch.distributed.run', '')
+    """
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-"):
+            return "", word
+        if word.startswith("--"):
+            next(words, "")  # --check-hash-based-pycs MODE is the only one that can be followed by a program
+            continue
+        # Letters may stand together; one that takes a value takes the rest of the word, or the next one.
+        option = next((letter for letter in word if letter in "mcXW"), "")
+        value = (word.partition(option)[2] or next(words, "")) if option else ""
+        if option in ("m", "c"):
+            return (value, "") if option == "m" else ("", "")
+    return "", ""
 
 
 def launchers() -> list[int]:
@@ -157,7 +188,7 @@ def end_with_launcher(poll_s: float = 0.5) -> None:
     """
     above = {pid: _started(pid) for pid in launchers()}
     nearest = next(iter(above), None)
-    if nearest is None and _command(os.getppid()).startswith("slurmstepd"):
+    if nearest is None and "".join(_command(os.getppid())).startswith("slurmstepd"):
         above = {os.getppid(): _started(os.getppid())}
     if not above:
         return

@@ -24,14 +24,25 @@ def write_whole(path: Path, text: str) -> None:
     partial.rename(path)
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, have left the page cache for the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
     """Gives a folder its name; one that had it is removed afterwards, so that a whole one is there at any time but for
-    the moment between two renames."""
+    the moment between two renames. What is in its files is the caller's to `sync`."""
+    sync(partial)
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)  # of a run that was killed below
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -3,7 +3,8 @@
 So a rank that is missing is named after a deadline of its own, which is far shorter than that of a collective, and ranks
 that cannot work together refuse with the same sentence everywhere, instead of waiting for each other.
 
-Rank 0 reads what all have said and answers once: 2 messages of ~200 B a rank through the store at MASTER_ADDR.
+Rank 0 reads what all have said and answers once, through the store at MASTER_ADDR: ~4 KB from a rank of a run, which says
+what it has read (`grpo_ds.agreement`), 2 MB at 512 ranks; ~200 B to it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FINE = "fine"
 MISSING = "no word"
 """A verdict that begins so names ranks that did not come."""
+DIGEST = "sha256 "
+"""Stands in a term before the digest of something too long to be shown."""
+_SHOWN = 5
+"""Differences that a verdict names."""
 _HEARD_S = 5.0
 """Rank 0 holds the store: after bad news it waits so long for the others to have read them."""
 
@@ -36,6 +41,8 @@ class Place:
     """The launcher's word for the job (GRPO_DS_JOB); empty where it gave none."""
     obstacle: str = ""
     """Why this rank cannot go on; empty: it can."""
+    terms: dict[str, str] = field(default_factory=dict)
+    """What it has read, by name; rank 0 has every name, and the texts must be the same."""
 
 
 def call(store: Any, mine: Place, world: int, timeout_s: float) -> str:
@@ -107,7 +114,27 @@ def judge(places: Sequence[Place], missing: Sequence[int], world: int, timeout_s
                 f"rank {place.rank} of {world} on {place.node} is number {place.local_rank} of {place.local_world} there: "
                 "give every node the same number of ranks, one after the other"
             )
-    return FINE
+    return _unlike(places) or FINE
+
+
+def _unlike(places: Sequence[Place]) -> str:
+    """Which rank has not read what rank 0 has; empty: all have."""
+    first = places[0]
+    for place in places:
+        unlike = [what for what, text in place.terms.items() if first.terms.get(what) != text]
+        if unlike:
+            shown = [_both(what, first.terms.get(what, ""), place.terms[what]) for what in unlike[:_SHOWN]]
+            more = f" and {len(unlike) - _SHOWN} more" if len(unlike) > _SHOWN else ""
+            return (
+                f"rank {first.rank} on {first.node} and rank {place.rank} on {place.node} have not read the same: "
+                f"{', '.join(shown)}{more}; give all nodes the same recipe, options and files"
+            )
+    return ""
+
+
+def _both(what: str, one: str, other: str) -> str:
+    digests = not one or DIGEST in one + other
+    return what if digests else f"{what} ({one} and {other})"
 
 
 def _of_jobs(places: Sequence[Place]) -> str:

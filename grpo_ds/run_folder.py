@@ -10,7 +10,7 @@ import socket
 import time
 from pathlib import Path
 
-from grpo_ds.actor.checkpoint import checkpoints_of, read_state
+from grpo_ds.actor.checkpoint import check_files, checkpoints_of, read_state
 from grpo_ds.config import Recipe, RecipeError
 from grpo_ds.runlog import SUMMARY
 
@@ -93,13 +93,15 @@ def find_run(recipe: Recipe) -> RunFolder:
             raise RecipeError(f"--resume {path}: no whole checkpoint under {path}/checkpoints; name a run's folder")
     run = RunFolder(path)
     run.checkpoint = checkpoints_of(run.path)[-1]
-    done = read_state(run.checkpoint).round
+    state = read_state(run.checkpoint)
+    done = state.round
     if recipe.train.rounds <= done <= summarised_rounds(run.path):
         run.close()
         raise RecipeError(
             f"--resume: {run.checkpoint} already holds {done} rounds and train.rounds is {recipe.train.rounds}: raise "
             "train.rounds, or start a new run without --resume"
         )
+    check_files(run.checkpoint, state)
     return run
 
 

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,19 @@ def line(m: dict[str, Any], rounds: int) -> str:
         f"groups {m['kept_groups']} kept {m['dropped_groups']} dropped  loss {loss}  "
         f"grad {norm}  gap {m['logprob_gap']:.1e}  {rate:,.0f} tok/s  {seconds['total']:.2f} s ({split})"
     )
+
+
+def summarise(totals: Mapping[str, float], rounds: int, seconds: float) -> dict[str, Any]:
+    """What summary.json holds. totals: running sums and held-out scores, as in a checkpoint's trainer.json."""
+    at = {k.removeprefix("heldout_at_"): v for k, v in totals.items() if k.startswith("heldout_at_")}
+    return {
+        "heldout_before": totals.get("heldout_before"),
+        "heldout_at": at,
+        "heldout_after": totals.get("heldout_after"),
+        "seconds": round(seconds, 2),
+        "rounds": rounds,
+        **{k: int(totals[k]) for k in ("samples", "tokens_generated", "tokens_trained")},
+    }
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -111,10 +111,14 @@ class Run:
         from grpo_ds import build
         from grpo_ds.actor import backend
         from grpo_ds.actor.checkpoint import check_state, read_state
+        from grpo_ds.agreement import terms
         from grpo_ds.run_folder import find_run
         from grpo_ds.runlog import RunLog, settings_that_must_match
 
         self.dtype = backend.resolve_dtype(self.recipe.model)
+        deepspeed = {"actor.deepspeed": self.actor_json, "reference.deepspeed": self.reference_json}
+        data = self.prompts if self.ranks.nodes > 1 else None
+        self.ranks.terms = terms(self.recipe, self.bases, deepspeed, data, self.heldout)
         backend.connect(self.ranks)
         found: Any = None
         if self.ranks.is_main:
@@ -303,6 +307,7 @@ class Run:
     def _finish(self) -> None:
         """Checkpoint first, summary last: whenever the run is killed, the same command goes on from there."""
         from grpo_ds.actor.adapter import export_adapter
+        from grpo_ds.runlog import summarise
 
         path = self.checkpoint if self.done == self.state.round else None
         written = {"rollouts": self.folder / "rollouts", "metrics": self.folder / "metrics.jsonl"}
@@ -313,16 +318,7 @@ class Run:
             written["adapter"] = export_adapter(
                 self.folder / "adapter", self.policy.engine.module, self.recipe.model, self.model_path, self.ranks
             )
-        whole = {k: int(self.totals[k]) for k in ("samples", "tokens_generated", "tokens_trained")}
-        at = {k.removeprefix("heldout_at_"): v for k, v in self.totals.items() if k.startswith("heldout_at_")}
-        summary = {
-            "heldout_before": self.totals.get("heldout_before"),
-            "heldout_at": at,
-            "heldout_after": self.totals.get("heldout_after"),
-            "seconds": round(time.monotonic() - self.clock, 2),
-            "rounds": self.done,
-            **whole,
-        }
+        summary = summarise(self.totals, self.done, time.monotonic() - self.clock)
         self.log.finish(summary, {**written, "summary": self.folder / "summary.json"})
         self.ranks.part()
 
@@ -348,8 +344,6 @@ class Run:
         self.done, self.version = done, version
         for key in ("samples", "tokens_generated", "tokens_trained"):
             self.totals[key] += metrics[key]
-        if self.recipe.actor.kl_target is not None:
-            self.totals["kl_coef"] = self.kl.coef
         self.totals["seconds"] = time.monotonic() - self.clock
         # The signal reaches the ranks at different times, or only one.
         asked = any(self.ranks.all_gather(stop_requested(), "stop request")) and done < train.rounds
@@ -362,6 +356,7 @@ class Run:
     def _save(self) -> Path:
         from grpo_ds.actor.checkpoint import TrainerState, save_checkpoint
 
+        adapted = {} if self.recipe.actor.kl_target is None else {"kl_coef": self.kl.coef}
         state = TrainerState(
             self.done,
             self.version,
@@ -369,7 +364,7 @@ class Run:
             self.policy.steps_taken,
             self.ranks.world,
             self.state.must_match,
-            dict(self.totals),
+            self.totals | adapted,
             self.collector.unfinished(),
         )
         carried = self.collector.carried if self.ranks.leads_node else None

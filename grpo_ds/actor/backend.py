@@ -30,6 +30,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from grpo_ds.actor import cpu_adam
 from grpo_ds.actor.ds_json import offloads_optimizer, zero_stage
 from grpo_ds.actor.head import TokenLogProbs
+from grpo_ds.actor.policy import adam_options
 from grpo_ds.config import ActorConfig, ModelConfig, RecipeError
 from grpo_ds.dist import Ranks
 
@@ -176,12 +177,7 @@ def load_cpu_adam(timeout_s: float) -> None:
 
 
 def _optimizer(module: nn.Module, actor: ActorConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {
-        "lr": actor.lr,
-        "betas": actor.betas,
-        "eps": actor.adam_eps,
-        "weight_decay": actor.weight_decay,
-    }
+    options = {"lr": actor.lr, **adam_options(actor)}
     trained = [param for param in module.parameters() if param.requires_grad]
     if offloads_optimizer(config):
         return DeepSpeedCPUAdam(trained, **options)

@@ -1,34 +1,34 @@
 """Checkpoints: everything the loop needs to go on as if it had not stopped.
 
 A checkpoint is DeepSpeed's own (trained weights, optimizer), `trainer.json` (round, policy version, prompt cursor,
-prompts in flight, what the run must agree on) and `carried-<node>.jsonl` (surplus groups). It is written under a
-temporary name and renamed, so a folder `round-NNNNNN` is whole. Randomness needs no file: sampling and prompt order are
-functions of train.seed and the round, and torch is seeded from them at each round.
+prompts in flight, what the run must agree on, the size of each file) and `carried-<node>.jsonl` (surplus groups). It is
+written under a temporary name, and renamed when the disks have it, so a folder `round-NNNNNN` is whole. Randomness needs
+no file: sampling and prompt order are functions of train.seed and the round, and torch is seeded from them at each round.
 
 Bytes at 70B: 14 B a parameter (bf16 weights, fp32 master and two moments), written by all ranks in parallel: 1.9 GB a
-rank on 512 ranks. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of
-ranks is first converted to DeepSpeed's universal format, by one process of the first node that reads all of it and
-writes fp32 tensors of 12 B a parameter beside it.
+rank on 512 ranks, 15 GB a node. A round waits until they have left the page cache, 8 s at 2 GB/s a node; each node asks
+for all files, because only it knows which of them it has written: 128 opens a rank, and 7 KB of names and sizes from
+each. On several nodes run.dir must be a file system that all of them share. A checkpoint of another number of ranks is
+first converted (`grpo_ds.actor.universal`).
 """
 
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, field
+import traceback
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from grpo_ds.actor.universal import UNIVERSAL, make_universal
 from grpo_ds.config import RecipeError
 from grpo_ds.dist import Ranks
-from grpo_ds.records import read_groups, replace_folder, write_groups
+from grpo_ds.records import read_groups, replace_folder, sync, write_groups, write_whole
 from grpo_ds.types import Group
 
-_UNIVERSAL = "universal"
-"""Folder in a checkpoint that holds its universal form, once another number of ranks has asked for it."""
+_REMOVE = "remove the folder, and the run goes on from the checkpoint before"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class TrainerState:
     """Running sums of the summary: seconds, samples, tokens."""
     unfinished: list[int] = field(default_factory=list)
     """Prompts that were being answered, or waited for it: a resumed run asks them first (sync.mode keep, abort)."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file beside trainer.json, as they were written."""
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -74,10 +76,11 @@ def save_checkpoint(
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     if carried is not None:
         write_groups(partial / f"carried-{ranks.node}.jsonl", carried)
-    if ranks.is_main:
-        (partial / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
     ranks.barrier("checkpoint written")
+    sizes = ranks.all_gather(_on_disk(partial, ranks), "checkpoint on disk")
     if ranks.is_main:
+        whole = replace(state, files={name: size for rank in sizes for name, size in rank.items()})
+        write_whole(partial / "trainer.json", json.dumps(asdict(whole), indent=1))
         replace_folder(partial, folder / name)
         for old in checkpoints_of(run)[:-keep]:
             shutil.rmtree(old)
@@ -85,15 +88,33 @@ def save_checkpoint(
     return folder / name
 
 
+def _on_disk(partial: Path, ranks: Ranks) -> dict[str, int]:
+    """Has this rank's share of the node's files written from the page cache to the disk; returns their sizes.
+
+    A rename reaches the disk before what was renamed otherwise, and a machine that then stops leaves a newest
+    checkpoint that is empty.
+    """
+    share = sorted(partial.iterdir())[ranks.local_rank :: ranks.local_world]
+    for file in share:
+        sync(file)
+    return {file.name: file.stat().st_size for file in share}
+
+
 def read_state(checkpoint: Path) -> TrainerState:
-    """The state of a checkpoint; refuses one that is not whole."""
+    """The state of a checkpoint; refuses one whose state cannot be read."""
     try:
         return TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(
-            f"{checkpoint}: the checkpoint's trainer.json cannot be read ({error}): remove the folder, and the run goes "
-            "on from the checkpoint before"
-        ) from None
+        raise RecipeError(f"{checkpoint}: the checkpoint's trainer.json cannot be read ({error}): {_REMOVE}") from None
+
+
+def check_files(checkpoint: Path, state: TrainerState) -> None:
+    """Refuses a checkpoint of which files are gone or shorter than they were: by a copy that was cut off, or a full disk."""
+    for name, size in sorted(state.files.items()):
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            raise RecipeError(f"{checkpoint}: {name} has {found} of the {size} bytes that were written: {_REMOVE}")
 
 
 def check_state(checkpoint: Path, state: TrainerState, must_match: dict[str, Any]) -> None:
@@ -109,11 +130,33 @@ def check_state(checkpoint: Path, state: TrainerState, must_match: dict[str, Any
 def load_checkpoint(checkpoint: Path, engine: Any, ranks: Ranks) -> list[Group]:
     """Restores weights and optimizer on all ranks; returns the carried groups that fall to this node.
 
-    An engine configured with checkpoint.load_universal takes a checkpoint of any number of ranks.
+    An engine configured with checkpoint.load_universal takes a checkpoint of any number of ranks. Raises RuntimeError where
+    a file cannot be read, on the ranks that read it.
     """
     if engine.load_universal_checkpoint():
-        _make_universal(checkpoint, ranks)
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=_UNIVERSAL)
+        make_universal(checkpoint, ranks)
+    try:
+        found = _load(checkpoint, engine)
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        if not _while_reading(error):
+            raise
+        # With its universal form only that is damaged: it is made of files that were read.
+        folder = checkpoint / UNIVERSAL if engine.load_universal_checkpoint() else checkpoint
+        advice = "remove the folder, and it is made again" if folder != checkpoint else _REMOVE
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RuntimeError(f"{folder}: a file of the checkpoint cannot be read ({cause}): {advice}") from error
+    if not found:
+        raise RecipeError(f"{checkpoint}: DeepSpeed found no weights in it: {_REMOVE}")
+    if not ranks.leads_node:
+        return []
+    groups = [group for file in sorted(checkpoint.glob("carried-*.jsonl")) for group in read_groups(file)]
+    return [group for group in groups if group.prompt.index % ranks.nodes == ranks.node]
+
+
+def _load(checkpoint: Path, engine: Any) -> bool:
+    """Has DeepSpeed read the checkpoint or its universal form; whether it found one."""
+    if engine.load_universal_checkpoint():
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=UNIVERSAL)
         for state in engine.optimizer.optimizer.state.values():
             # DeepSpeed 0.19.8 gives all sub-groups one step tensor, which each of them would then count up.
             if hasattr(state.get("step"), "clone"):
@@ -122,38 +165,9 @@ def load_checkpoint(checkpoint: Path, engine: Any, ranks: Ranks) -> list[Group]:
         # Frozen weights are those of model.path, and not in the checkpoint.
         whole = all(param.requires_grad for param in engine.module.parameters())
         path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=whole)
-    if path is None:
-        raise RecipeError(f"{checkpoint}: DeepSpeed found no weights in it: remove the folder and resume again")
-    if not ranks.leads_node:
-        return []
-    groups = [group for file in sorted(checkpoint.glob("carried-*.jsonl")) for group in read_groups(file)]
-    return [group for group in groups if group.prompt.index % ranks.nodes == ranks.node]
+    return path is not None
 
 
-def _make_universal(checkpoint: Path, ranks: Ranks) -> None:
-    """The main rank converts the checkpoint, once; all ranks learn of a failure. Raises RuntimeError."""
-    problem = None
-    if ranks.is_main and not (checkpoint / _UNIVERSAL).is_dir():
-        problem = _convert(checkpoint, ranks.timeout_s)
-    problem = ranks.broadcast(problem, "conversion of the checkpoint")
-    if problem:
-        raise RuntimeError(f"{checkpoint} could not be converted for {ranks.world} ranks: {problem}")
-
-
-def _convert(checkpoint: Path, timeout_s: float) -> str | None:
-    """Runs DeepSpeed's converter in a process of its own; returns what went wrong."""
-    partial = checkpoint / f"{_UNIVERSAL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    workers = str(min(4, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(partial)]
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return f"DeepSpeed's ds_to_universal did not end within {timeout_s:g} s (train.collective_timeout_s)"
-    if done.returncode != 0:
-        return f"DeepSpeed's ds_to_universal failed: {done.stderr.strip()[-500:]}"
-    partial.rename(checkpoint / _UNIVERSAL)
-    return None
+def _while_reading(error: BaseException) -> bool:
+    """Whether torch raised it over the content of a file, and not a collective or a model that does not fit."""
+    return any(frame.filename.endswith("torch/serialization.py") for frame in traceback.extract_tb(error.__traceback__))

@@ -65,6 +65,11 @@ class WithoutAdapters(Scorer):
             return super().logprobs(micro, autocast)
 
 
+def adam_options(actor: ActorConfig) -> dict[str, Any]:
+    """AdamW's options of every parameter, but for the learning rate, under torch's names."""
+    return {"betas": actor.betas, "eps": actor.adam_eps, "weight_decay": actor.weight_decay}
+
+
 def _inputs(micro: MicroBatch) -> tuple[Tensor | None, ...]:
     return micro.input_ids, micro.position_ids, micro.attention_mask, micro.predictor, micro.targets
 
@@ -94,8 +99,10 @@ class Policy(Scorer):
         """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping."""
         warmup = self.actor.lr_warmup_steps
         lr = self.actor.lr * min(1.0, (self.steps_taken + 1) / warmup) if warmup else self.actor.lr
+        # The others are set again, too: a loaded checkpoint brings those of the run that wrote it.
+        options = {"lr": lr, **adam_options(self.actor)}
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group.update(options)
         self.engine.step()
         self.steps_taken += 1
         norm = self.engine.get_global_grad_norm()

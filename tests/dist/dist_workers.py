@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,15 @@ import torch
 
 from grpo_ds.dist import DistError, Ranks
 from grpo_ds.metrics import reduce_stats
+from grpo_ds.recipe import read_recipe
+from grpo_ds.train import Run
 from tests.dist.harness import meet
 
 SHORT_S = 5.0
+
+
+class Loaded(Exception):
+    """The trainer would have loaded a model."""
 
 
 def payload(sender: int, receiver: int) -> bytes:
@@ -99,3 +106,21 @@ def dead_peer(folder: Path) -> dict[str, Any]:
     except DistError as error:
         message = str(error)
     return {"message": message, "seconds": time.monotonic() - start}
+
+
+def unlike_nodes(folder: Path) -> dict[str, Any]:
+    """Each rank is a node with a checkout of its own: <folder>/<rank>; what its trainer says instead of loading a model."""
+    os.chdir(folder / os.environ["RANK"])
+    run = Run()
+
+    def loads() -> None:
+        raise Loaded
+
+    run._build_models = loads  # type: ignore[method-assign]
+    try:
+        run.build(*read_recipe(["--recipe", "tiny.yaml"]))
+    except (DistError, Loaded) as error:
+        return {"said": f"{type(error).__name__}: {error}"}
+    finally:
+        run.close()
+    raise AssertionError("it went on")

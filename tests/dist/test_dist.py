@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from tests.dist.dist_workers import SHORT_S, gathered_value, payload
 from tests.dist.harness import launch
+from tests.e2e.harness import write_project
 
 # The first test of a world size waits for its launch.
 pytestmark = pytest.mark.timeout(600)
@@ -84,3 +87,25 @@ def test_a_peer_that_died_is_an_error_long_before_the_deadline(tmp_path: Path) -
     assert "failed at round 3: a peer died or missed" in first["message"]
     assert first["message"].startswith("rank 0: ")
     assert first["seconds"] < 30
+
+
+def test_nodes_whose_checkouts_differ_refuse_with_one_sentence_before_a_model_loads(tmp_path: Path) -> None:
+    """One node's copy of the data and of the recipe was edited; of two nodes that differ in nothing, both go on."""
+    for name in "01":
+        (tmp_path / "same" / name).mkdir(parents=True)
+        write_project(tmp_path / "same" / name)
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    mended = tmp_path / "other" / "1"
+    rows = (mended / "train.jsonl").read_text().splitlines(keepends=True)
+    (mended / "train.jsonl").write_text("".join([rows[0].replace('"answer": "', '"answer": "1'), *rows[1:]]))
+    (mended / "tiny.yaml").write_text((mended / "tiny.yaml").read_text().replace("lr: 1.0e-3", "lr: 2.0e-3"))
+
+    alike = launch("tests.dist.dist_workers:unlike_nodes", 2, tmp_path / "same", local_world=1)
+    assert alike == [{"said": "Loaded: "}] * 2
+    first, second = launch("tests.dist.dist_workers:unlike_nodes", 2, tmp_path / "other", local_world=1)
+    assert first == second
+    assert re.fullmatch(
+        r"DistError: rank 0 on \S+ and rank 1 on \S+ have not read the same: actor\.lr \(0\.001 and 0\.002\), the rows of "
+        r"data\.train; give all nodes the same recipe, options and files",
+        first["said"],
+    )

@@ -16,6 +16,7 @@ from grpo_ds.actor import backend
 from grpo_ds.actor.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from grpo_ds.actor.policy import Policy
 from grpo_ds.batching import UpdatePlan, collate
+from grpo_ds.config import ActorConfig
 from grpo_ds.dist import Ranks
 from grpo_ds.estimators import get_estimator
 from tests.dist import adapters, cases
@@ -217,3 +218,37 @@ def resume(folder: Path) -> dict[str, Any]:
     lora = adapters.resume(folder, ranks)
     ranks.close()
     return {"lora": lora, "fresh": fresh, "loaded": loaded, "losses": losses, "weights": weights}
+
+
+OTHERS = {
+    "same": MOVING,
+    "decay": replace(MOVING, weight_decay=0.5),
+    "moments": replace(MOVING, betas=(0.5, 0.6), adam_eps=1e-2),
+}
+"""Optimizers under which a checkpoint of MOVING is gone on with."""
+
+
+def other_options(folder: Path) -> dict[str, Any]:
+    """{form of the checkpoint: {optimizer: one step from it}}"""
+    ranks = Ranks(240.0)
+    backend.connect(ranks)
+    raw = cases.read_samples(folder)
+    policy = make_policy(folder, ranks, MOVING)
+    run_round(policy, ranks, raw)
+    state = TrainerState(1, 1, 0, policy.steps_taken, ranks.world, {}, {})
+    path = save_checkpoint(folder / "options", policy.engine, state, None, ranks, keep=1)
+
+    def step(actor: ActorConfig, universal: bool) -> dict[str, Any]:
+        resumed = make_policy(folder, ranks, actor, universal=universal)
+        load_checkpoint(path, resumed.engine, ranks)
+        resumed.steps_taken = state.optimizer_steps
+        before = weights_of(resumed)
+        step_gradient(GradientCase(), resumed, ranks, raw)
+        (group,) = resumed.engine.optimizer.param_groups
+        used = [*group["betas"], group["eps"], group["weight_decay"]]
+        return {"before": before, "after": weights_of(resumed), "used": used}
+
+    forms = {"own": False, "universal": True}
+    found = {form: {name: step(actor, flag) for name, actor in OTHERS.items()} for form, flag in forms.items()}
+    ranks.close()
+    return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,35 @@ def test_a_run_that_was_killed_while_it_finished_delivers_its_model(
     assert first == second
     assert checkpoint.stat().st_mtime_ns == written, "the checkpoint is as it was"
     assert read_jsonl(run_folder / "metrics.jsonl") == read_jsonl(one_rank_run.folder / "metrics.jsonl")
+
+
+def cut_off(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def with_a_hole(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "sentence"),
+    [
+        (cut_off, 2, r"{}: \w+_optim_states\.pt has \d+ of the \d+ bytes that were written: {}"),
+        (with_a_hole, 1, r"RuntimeError: {}: a file of the checkpoint cannot be read \(\w+: .*\): {}"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_what_to_do(
+    damage: Callable[[Path], None], code: int, sentence: str, one_rank_run: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / one_rank_run.folder.name
+    shutil.copytree(one_rank_run.folder, copy)
+    checkpoint = copy / "checkpoints" / "round-000001"
+    (states,) = checkpoint.glob("*_optim_states.pt")
+    damage(states)
+    done = run(["--recipe", str(recipe), "--resume", str(copy), "--train.rounds", "2"], tmp_path)
+    assert done.process.returncode == code, done.screen
+    advice = "remove the folder, and the run goes on from the checkpoint before"
+    assert re.fullmatch(sentence.format(re.escape(str(checkpoint)), advice), done.cause()), done.cause()
 
 
 EVEN = """

@@ -53,3 +53,22 @@ def test_the_rounds_after_are_those_of_the_run_that_never_stopped(
         for key in ("loss", "reward", "score_all", "kl", "kept_groups", "tokens_trained"):
             assert other[key] == pytest.approx(one[key], abs=1e-5), key
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_during_the_conversion_leaves_no_process_and_can_start_again(
+    one_rank_run: Launched, recipe: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "runs" / one_rank_run.folder.name
+    shutil.copytree(one_rank_run.folder, copy)
+    arguments = ["--recipe", str(recipe), "--resume", str(copy), "--train.rounds", "2"]
+    with Launched(arguments, tmp_path, "deepspeed") as ended:
+        converts = "deepspeed.checkpoint.ds_to_universal"
+        ended.wait_for("the conversion", lambda: any(converts in p.cmdline() for p in ended.alive()))
+        ended.process.terminate()
+        assert ended.ends() != 0
+    checkpoint = copy / "checkpoints" / "round-000001"
+    assert not (checkpoint / "universal").exists(), "it was ended too late to show anything"
+    again = run(arguments, tmp_path, "deepspeed")
+    assert again.process.returncode == 0, again.screen
+    assert (checkpoint / "universal").is_dir() and not list(checkpoint.glob("*.partial"))

@@ -72,3 +72,45 @@ def test_two_jobs_that_meet_refuse_to_start() -> None:
     assert call(store, replace(other[3], node="n9"), 4, 1.0).startswith(
         "rank 3 is here twice, on n1 and on n9 (job-a, job-b): give each job a MASTER_PORT"
     )
+
+
+def with_terms(*terms: dict[str, str]) -> list[Place]:
+    return [replace(place, terms=said) for place, said in zip(SOUND, terms, strict=True)]
+
+
+def test_nodes_that_have_read_different_things_refuse_to_start() -> None:
+    """Each node reads its own checkout; only its lead (ranks 0 and 2) reads the data."""
+    said = {"actor.lr": "1e-06", "model.path": "'m'"}
+    lead = said | {"the rows of data.train": "sha256 aa"}
+    assert all_say(with_terms(lead, said, lead, said), 4) == [FINE] * 4
+
+    mended = lead | {"the rows of data.train": "sha256 bb"}
+    told = all_say(with_terms(lead, said, mended, said), 4)
+    assert (
+        told
+        == [
+            "rank 0 on n0 and rank 2 on n1 have not read the same: the rows of data.train; give all nodes the same recipe, "
+            "options and files"
+        ]
+        * 4
+    )
+
+    faster = {"actor.lr": "2e-06"}
+    told = all_say(with_terms(lead, said, lead | faster, said | faster), 4)
+    assert set(told) == {
+        "rank 0 on n0 and rank 2 on n1 have not read the same: actor.lr (1e-06 and 2e-06); give all nodes the same "
+        "recipe, options and files"
+    }
+
+
+def test_a_setting_that_only_one_nodes_code_knows_is_a_difference() -> None:
+    known = {"actor.lr": "1e-06"}
+    assert "have not read the same: actor.new;" in judge(
+        with_terms(known, known, known | {"actor.new": "1"}, {}), [], 4, 1.0
+    )
+
+
+def test_of_many_differences_some_are_named_and_the_rest_counted() -> None:
+    first, other = ({f"k{k}": f"{value}" for k in range(9)} for value in "01")
+    verdict = judge(with_terms(first, first, other, other), [], 4, 1.0)
+    assert "read the same: k0 (0 and 1), k1 (0 and 1), k2 (0 and 1), k3 (0 and 1), k4 (0 and 1) and 4 more;" in verdict
