@@ -162,6 +162,11 @@ def without_logprobs(answer: list[RawRollout]) -> list[RawRollout]:
     return [replace(rollout, logprobs=()) for rollout in answer]
 
 
+def cut_off(answer: list[RawRollout]) -> list[RawRollout]:
+    """The first response as a server gives it whose core is ended in the middle: some tokens, and HTTP 200."""
+    return [replace(answer[0], finish_reason="abort"), *answer[1:]]
+
+
 def publish(pool: EnginePool, version: int, between: Callable[[], None] = lambda: None) -> None:
     """A weight update as the trainer makes it; `between` happens in its middle."""
     pool.pause()

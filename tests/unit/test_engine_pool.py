@@ -23,6 +23,7 @@ from tests.unit.engine_fakes import (
     FakeEngine,
     Rubbish,
     answer_to,
+    cut_off,
     make_pool,
     publish,
     wait_for,
@@ -156,6 +157,7 @@ RUBBISH: dict[str, Rubbish] = {
     "no tokens": lambda answer: [replace(r, token_ids=(), logprobs=(), spans=()) for r in answer],
     "tokens of no known policy": lambda answer: [replace(r, spans=()) for r in answer],
     "tokens of another policy": lambda answer: [replace(r, spans=(VersionSpan(7, 0, 1),)) for r in answer],
+    "a response that somebody else cut off": cut_off,
     "something else altogether": lambda answer: [answer[999]],
 }
 
