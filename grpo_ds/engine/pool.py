@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo_ds.config import EngineConfig
 from grpo_ds.engine.base import (
+    UNKNOWN_VERSION,
     Carrier,
     EngineDown,
     EngineError,
@@ -237,6 +238,12 @@ class EnginePool:
         """The version of all replicas in service; one that reports another is taken out."""
         self._each("version", self._require_version)
         return self._version
+
+    def reported_versions(self) -> list[int]:
+        """What each replica itself says; UNKNOWN_VERSION for those out of service."""
+        with self._replicas.lock:
+            engines = [replica.engine if replica.state is State.SERVING else None for replica in self._replicas.all]
+        return [engine.version() if engine else UNKNOWN_VERSION for engine in engines]
 
     def _require_version(self, engine: ServerLike) -> None:
         if (found := engine.version()) != self._version:

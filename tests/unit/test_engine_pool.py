@@ -15,7 +15,7 @@ import pytest
 
 from grpo_ds.config import EngineConfig, RecipeError
 from grpo_ds.engine import make_engine
-from grpo_ds.engine.base import EngineDown, EngineError, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.base import UNKNOWN_VERSION, EngineDown, EngineError, RawRollout, Request, SamplingSpec
 from grpo_ds.engine.pool import EnginePool
 from grpo_ds.types import VersionSpan
 from tests.unit.engine_fakes import (
@@ -293,6 +293,16 @@ def test_one_that_reports_another_version_after_an_update_is_taken_out(diary: Di
     diary.made[0].finish_update = lambda version: None  # type: ignore[method-assign]
     publish(pool, 1)
     assert pool.take_counts()["quarantined"] == 1
+
+
+def test_each_replica_says_its_own_version(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=3)
+    publish(pool, 4)
+    assert pool.reported_versions() == [4, 4, 4]
+    diary.made[1].held = 3
+    assert pool.reported_versions() == [4, 3, 4]
+    pool.version()  # takes it out
+    assert pool.reported_versions()[1] == UNKNOWN_VERSION
 
 
 def test_a_replica_that_died_between_calls_is_replaced_in_the_next_update(diary: Diary) -> None:
