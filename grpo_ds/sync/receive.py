@@ -225,6 +225,10 @@ class Membership:
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
         world = int(invitation["world"])
         try:
+            # The trainer listens before it invites, so a refusal is final, and the store would try until the deadline.
+            # Of this machine's addresses it takes the one under which the trainer reaches it.
+            with socket.create_connection((invitation["address"], invitation["port"]), self._timeout_s) as probe:
+                address = probe.getsockname()[0]
             timeout = timedelta(seconds=self._timeout_s)
             self._store = dist.TCPStore(
                 invitation["address"], int(invitation["port"]), timeout=timeout, wait_for_workers=False
@@ -232,9 +236,6 @@ class Membership:
             store = dist.PrefixStore(self.id, self._store)
             rank = store.add("members", 1)
             if rank < world:
-                # Under which the trainer reaches this machine; not every address of it need be on the way there.
-                with socket.create_connection((invitation["address"], invitation["port"]), self._timeout_s) as probe:
-                    address = probe.getsockname()[0]
                 self._group = join_group(store, rank, world, invitation["backend"], address, self._timeout_s)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:300]
