@@ -7,8 +7,8 @@ store; nobody has to know which worker is which, because all get the same bytes.
 the next bucket opens another one, so that nobody ever reads a broadcast that was meant for an earlier time.
 
 The broadcast runs beside the HTTP request that announces it. A server that dies breaks that request at once, and this
-ends the wait for the broadcast as well (with NCCL, not run on a GPU yet, torch may end the trainer: `join_group`). A
-broadcast that fails here, for lack of memory say, closes store and group: the workers' waits break, and so the request.
+ends the wait for the broadcast as well (NCCL: `join_group`). A broadcast that fails here, for lack of memory say, closes
+store and group: the workers' waits break, and so the request.
 
 Bytes, 70B bf16 (140 GB), 64 trainer nodes x 8 ranks that drive 64 servers of 8 workers on other nodes: each lead sends
 140 GB to its own server, whose workers pass them on among themselves: 140 GB out of a lead's network card, 2.8 s at
@@ -25,7 +25,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, TimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -105,11 +105,11 @@ class GroupChannel:
             raise
 
     def _require_sent(self, group: Group, error: Exception) -> None:
-        """Raises the reason why the broadcast failed here, where it has: what the server says follows from it."""
+        """Raises the reason why the broadcast failed here, where it has: what the server says may follow from it."""
         if group.failure:
             raise EngineError(
                 f"the trainer could not send a weight bucket to {self._server} ({self._workers} workers): "
-                f"{_first_line(group.failure)}; thereupon: {_first_line(error)}"
+                f"{_first_line(group.failure)}; the server: {_first_line(error)}"
             ) from group.failure
 
     def _wait(self, sent: Future[None]) -> None:
@@ -123,7 +123,9 @@ class GroupChannel:
             ) from error
 
     def close(self) -> None:
-        """Leaves the group. A broadcast under way ends with its deadline."""
+        """Leaves the group. A broadcast under way ends, with gloo not before its deadline."""
+        if self._group:
+            self._group.abort()
         self._group = None
 
 
@@ -178,8 +180,19 @@ class Group:
         except BaseException as error:
             self.failure = error
             traceback.clear_frames(error.__traceback__)  # they hold the store too
+            self.abort()
             self._joined = self._store = None
             raise
+
+    def abort(self) -> None:
+        """Ends an NCCL broadcast under way, which would run on the GPU for as long as the members do not come.
+
+        Any thread may call it: what `send` works with stays.
+        """
+        joined = self._joined
+        if joined is not None and self.invitation["backend"] == "nccl":
+            with suppress(RuntimeError):  # it could not be ended within the deadline, and nobody uses it any more
+                joined.abort()
 
 
 def _family(address: str) -> socket.AddressFamily:

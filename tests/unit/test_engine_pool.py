@@ -228,6 +228,13 @@ def test_without_restarts_the_first_failure_ends_the_call_at_once_with_its_cause
         pool.needs_weights()
 
 
+def test_without_restarts_an_abort_by_somebody_else_is_named(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=1, max_restarts=0)
+    diary.made[0].rubbish = cut_off
+    with pytest.raises(EngineError, match="request r0 was aborted at the server by somebody else"):
+        pool.generate(requests(1), SPEC)
+
+
 def test_more_failures_than_max_restarts_end_the_run_with_the_last_cause(diary: Diary) -> None:
     pool = make_pool(diary, replicas=1, max_restarts=2)
     diary.fails_to_start = 9

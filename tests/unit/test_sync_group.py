@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from grpo_ds.engine.base import EngineError
 from grpo_ds.peers import address_towards
+from grpo_ds.sync import receive
 from grpo_ds.sync.group import GroupCarrier, GroupChannel
 from grpo_ds.sync.receive import BucketReader, Membership, checksum
 
@@ -196,6 +198,33 @@ def test_servers_that_get_a_bucket_at_the_same_time_share_its_copy() -> None:
     assert other is not one, "the next bucket in the same memory"
     del one, other
     assert carrier._copy() is None, "nothing is kept between publications"
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_groups_over_nccl_have_no_watchdog_and_the_trainers_others_keep_theirs(
+    before: str | None, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch reads in the constructor; that it acts on it was not run on a GPU."""
+    name, seen = "TORCH_NCCL_BLOCKING_WAIT", list[Any]()
+
+    class Group:
+        Options = SimpleNamespace
+
+        def __init__(self, store: Any, rank: int, world: int, options: Any) -> None:
+            seen.append((os.environ.get(name), options._timeout.total_seconds()))
+            if fails:
+                raise RuntimeError("no GPUs found")
+
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+    monkeypatch.setattr(receive.dist, "ProcessGroupNCCL", Group, raising=False)
+    with pytest.raises(RuntimeError, match="no GPUs") if fails else nullcontext():
+        receive.join_group(None, 0, 2, "nccl", "127.0.0.1", 7.0)
+    assert seen == [("1", 7.0)]
+    assert os.environ.get(name) == before
 
 
 def test_a_server_without_an_address_is_named() -> None:
