@@ -212,8 +212,8 @@ class EnginePool:
         if failure is not None and not meanwhile:
             self._replicas.quarantine(replica, life, failure)
 
-    def sleep(self) -> None:
-        self._each("sleep", lambda engine: engine.sleep())
+    def sleep(self) -> int:
+        return self._each("sleep", lambda engine: engine.sleep())
 
     # ---- weight updates ----
 
@@ -282,8 +282,11 @@ class EnginePool:
             return limit, "engine.stall_timeout_s"
         return share, f"{_SHARE_OF_UPDATE:g} of what was left of sync.timeout_s"
 
-    def _each(self, step: str, call: Callable[[ServerLike], object]) -> None:
-        """Calls all members of the last update at once; who fails or misses the deadline is taken out of service."""
+    def _each(self, step: str, call: Callable[[ServerLike], object]) -> int:
+        """Calls all members of the last update at once; who fails or misses the deadline is taken out of service.
+
+        Returns how many did not.
+        """
         limit, key = self._patience()
         outcomes: dict[int, Exception | None] = {}
 
@@ -301,10 +304,13 @@ class EnginePool:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         silent = EngineError(f"`{step}` was not done within {limit:.3g} s ({key})")
-        for replica, life, _ in members:
-            if (error := outcomes.get(replica.index, silent)) is not None:
-                self._replicas.quarantine(replica, life, error)
+        failed = [
+            (replica, life, error) for replica, life, _ in members if (error := outcomes.get(replica.index, silent))
+        ]
+        for replica, life, error in failed:
+            self._replicas.quarantine(replica, life, error)
         self._replicas.raise_fatal()
+        return len(members) - len(failed)
 
 
 def _slots(requests: int, n: int, replicas: int) -> int:

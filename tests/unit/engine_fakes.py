@@ -119,8 +119,9 @@ class FakeEngine:
         self._reach()
         self.aborts += 1
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         self._reach()
+        return 1
 
     def pause(self) -> None:
         self._reach()

@@ -97,7 +97,7 @@ def test_a_server_that_sleeps_between_generations_is_replaced_only_when_an_updat
     diary.made[0].dead, diary.must_ask = True, frozenset({0})
     assert pool.generate(requests(20), SPEC) == right(20, 1)
     wait_for("the end of the dead one", lambda: diary.made[0].closed)
-    pool.sleep()
+    assert pool.sleep() == 1
     time.sleep(0.5)
     assert len(diary.made) == 2, "nothing was started while the engine sleeps"
     publish(pool, 2)
