@@ -78,7 +78,9 @@ class EnginePool:
         self._replicas.close()
 
     def alive(self) -> bool:
-        return any(replica.engine.alive() for replica, _ in self._replicas.running())
+        """Whether enough of it lives: all replicas where none may fail, else any."""
+        living = [replica.engine.alive() for replica in self._replicas.all]
+        return any(living) if self._config.max_restarts else all(living)
 
     def needs_weights(self) -> bool:
         """Whether a weight update would bring a replica into service (it then waits for one to come up, if need be)."""

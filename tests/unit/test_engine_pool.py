@@ -258,6 +258,14 @@ def test_a_restart_that_fails_is_tried_again(diary: Diary) -> None:
     assert len(diary.made) == 4
 
 
+@pytest.mark.parametrize(("restarts", "alive"), [(0, False), (1, True)])
+def test_one_dead_replica_is_the_engines_death_where_none_may_fail(diary: Diary, restarts: int, alive: bool) -> None:
+    pool = make_pool(diary, max_restarts=restarts)
+    assert pool.alive()
+    diary.made[1].dead = True
+    assert pool.alive() is alive
+
+
 def test_an_engine_that_does_not_start_the_first_time_ends_the_run(diary: Diary) -> None:
     pool = EnginePool(lambda index: FakeEngine(index, diary), EngineConfig(replicas=2, max_restarts=5))
     diary.made[1].dead = True
