@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_ds.config import RecipeError
-from grpo_ds.processes import adopt_slurm, end_with_launcher, leave
+from grpo_ds.processes import adopt_slurm, end_with_launcher, leave, on_end_request
 from grpo_ds.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Check:
 def selftest(argv: Sequence[str]) -> int:
     """Runs the test on the options of launch/train.py and prints a table; 0: all passed, 1: something did not.
 
-    Every rank calls it. Raises RecipeError for a wrong recipe. Nothing is left on disk, unless rank 0 is killed.
+    Every rank calls it. Raises RecipeError for a wrong recipe. Nothing is left on disk, unless rank 0 is killed (SIGKILL).
     """
     from grpo_ds.train import Run
 
@@ -108,24 +108,30 @@ def scratch(run_dir: Path) -> Iterator[Path]:
         raise RecipeError(
             f"run.dir: no folder can be made in {run_dir} ({error.strerror}): name one that all nodes may write to"
         ) from None
+
+    def end(name: str, code: int) -> None:
+        _remove(made, absent)
+        leave(code)
+
+    on_end_request(end)  # launchers send rank 0 SIGTERM when another rank has failed
     try:
         yield Path(made)
     finally:
-        _remove(made)
-        for folder in absent:
-            with suppress(OSError):  # somebody else has put something there
-                folder.rmdir()
+        _remove(made, absent)
 
 
-def _remove(folder: str) -> None:
-    """Again and again for some seconds: after a failure another node may still write its last lines there."""
+def _remove(folder: str, parents: Sequence[Path]) -> None:
+    """Again and again for some seconds: after a failure another node may still write its last lines there.
+
+    parents: those that were made for it, the innermost first.
+    """
     deadline = time.monotonic() + _REMOVE_S
-    while True:
-        last = time.monotonic() > deadline
-        shutil.rmtree(folder, ignore_errors=not last)
-        if last or not os.path.exists(folder):
-            return
-        time.sleep(0.2)
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+    with suppress(OSError):  # somebody else has put something there
+        for parent in parents:
+            parent.rmdir()
 
 
 def _checks(run: Any) -> list[Check]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_weights_that_move_are_seen_on_both_sides() -> None:
 def test_a_wrong_option_is_refused() -> None:
     done = run([*CLI, *OPTIONS, "--actor.lrr", "1"])
     assert done.returncode == 2 and "actor.lr" in done.stderr
+
+
+def test_a_launcher_that_ends_rank_0_leaves_nothing(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*CLI, *OPTIONS, "--run.dir", str(tmp_path / "runs")], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as running:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("runs/.selftest-*/*/logs")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            running.terminate()
+            assert running.wait(60) == 143
+        finally:
+            running.kill()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("head", [CLI, [sys.executable, "-m", "grpo_ds.selftest"]], ids=["command", "module"])
