@@ -282,6 +282,7 @@ def _engine(recipe: Recipe, model_path: str, dtype: str, log_dir: Path) -> Gener
         device=backend.device_kind(),
         seed=recipe.train.seed,
         trust_remote_code=recipe.model.trust_remote_code,
+        update_timeout_s=recipe.sync.timeout_s,
     )
 
 

@@ -53,6 +53,7 @@ class Colocation:
         self._limit = config.max_memory_drift_gb * _GIB
         self._ranks = ranks
         self._engine = engine
+        self._replicas = config.replicas
         self._weights = config.replicas * model_bytes
         self._devices = config.replicas * ranks_of(config)
         self._free = free if config.sleep else None
@@ -65,32 +66,36 @@ class Colocation:
         """
         self._measure(phase)
         if self._on and phase == "generate":
-            self._sleep()
+            lacking = self._sleep()
             self._measure("sleep")
-            self._require_freed()
+            self._require_freed(lacking)
 
     def metrics(self) -> dict[str, float]:
         """memory/free_after_PHASE of this rank's device, in GiB, as last measured."""
         return {f"memory/free_after_{phase}": free[-1] / _GIB for phase, free in self._seen.items()}
 
-    def _sleep(self) -> None:
-        reason = None
+    def _sleep(self) -> set[int]:
+        """Sends the engines to sleep; returns the nodes of which a server is down."""
+        reason, slept = None, self._replicas
         if self._engine:
             try:
-                self._engine.sleep()
+                slept = self._engine.sleep()
             except Exception as error:  # carried to all ranks: none may compute while an engine holds the memory
                 reason = f"node {self._ranks.node}: {error}"
-        if reasons := [r for r in self._ranks.all_gather(reason, "engine sleep") if r]:
+        rows = self._ranks.all_gather([self._ranks.node, slept, reason], "engine sleep")
+        if reasons := [reason for *_, reason in rows if reason]:
             raise SleepFailed(f"{self._ranks.where}: an engine did not go to sleep: {reasons[0]}")
+        return {node for node, count, _ in rows if count < self._replicas}
 
-    def _require_freed(self) -> None:
+    def _require_freed(self, lacking: set[int]) -> None:
         """Whether sleep freed the weights at least, which lie evenly on the devices of the node's servers.
 
-        A node with fewer ranks than devices sees the memory of some of them only.
+        A node with fewer ranks than devices sees the memory of some of them only. Nothing is asked of those that lack
+        a server: it has given its memory back at another time, and which devices were its own is not known here.
         """
         freed = self._seen["sleep"][-1] - self._seen["generate"][-1] if self._free else None
         rows = self._ranks.all_gather([self._ranks.node, freed], "memory that sleep freed")
-        for node in sorted({node for node, count in rows if count is not None}):
+        for node in sorted({node for node, count in rows if count is not None} - lacking):
             counts = [count for where, count in rows if where == node]
             wanted = self._weights * min(1.0, len(counts) / self._devices)
             if sum(counts) < wanted:

@@ -53,6 +53,12 @@ def _about_engine(recipe: Recipe) -> Iterator[str]:
     engine = recipe.engine
     if engine.urls and engine.replicas > 1:
         yield "engine.replicas counts servers that the run starts, and engine.urls names others: remove one of them"
+    if engine.max_restarts > 0 and recipe.sync.timeout_s <= engine.stall_timeout_s:
+        yield (
+            f"sync.timeout_s ({recipe.sync.timeout_s:g}) does not exceed engine.stall_timeout_s "
+            f"({engine.stall_timeout_s:g}), so a server that hangs in a weight update would end the run although "
+            "engine.max_restarts allows failures: raise the first or lower the second"
+        )
     if engine.urls and engine.sleep:
         yield (
             "engine.sleep is for servers that share the trainer's GPUs, which the run starts itself, and engine.urls names "

@@ -19,7 +19,7 @@ from grpo_ds.seeds import derive_seed
 from grpo_ds.types import Prompt, Rollout
 
 WATCH_S = 5.0
-"""Seconds between two questions whether the engine lives; of servers elsewhere one may be lost."""
+"""Seconds between two looks at whether the engine's processes live."""
 
 
 class Sampler(Protocol):
@@ -128,7 +128,10 @@ class EngineSampler:
 
 
 class EngineWatch:
-    """Notices within about 10 seconds that this node's engine died while the trainer computes, where nobody asks it."""
+    """Notices within about 10 seconds that a server which this node started died while the trainer computes.
+
+    Nobody is asked, so the end of one of engine.urls is noticed at the next generation or publication.
+    """
 
     def __init__(self, engine: GenerationEngine | None, *, restarts: bool) -> None:
         """engine: None on ranks that lead no node. restarts: a dead engine is mended at the next publication."""
@@ -137,7 +140,7 @@ class EngineWatch:
         self._silent = 0
 
     def __call__(self) -> None:
-        """Raises EngineError when two questions in a row, some seconds apart, found the engine gone."""
+        """Raises EngineError when two looks in a row, some seconds apart, found the engine gone."""
         if self._engine is None or time.monotonic() - self._asked < WATCH_S:
             return
         self._silent = 0 if self._engine.alive() else self._silent + 1

@@ -84,15 +84,12 @@ class InFlight:
         self._open: dict[int, _Asked] = {}
         self._done: list[_Asked] = []
         self._failure: Exception | None = None
-        self._aborted = False
-        """Whether an answer may be cut off."""
         self._threads: list[threading.Thread] = []
 
     def ask(self, prompts: list[Prompt], round_index: int) -> None:
         """Returns at once."""
         if not prompts:
             return
-        self._aborted = False
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         with self._changed:
             self._open |= {prompt.index: _Asked(prompt) for prompt in prompts}
@@ -145,7 +142,6 @@ class InFlight:
         """Has the engine end what is in flight; `answers` then tells which prompts have no whole answer."""
         if not self._open or self._sampler.engine is None:
             return
-        self._aborted = True
         self._sampler.engine.abort()
         self._wait(len(self._open) + len(self._done), _ABORT_S)
         if self._open:
@@ -173,8 +169,6 @@ class InFlight:
 
     def _answer(self, asked: _Asked) -> Answer:
         if any(raw.finish_reason == "abort" for raws in asked.raws.values() for raw in raws):
-            if not self._aborted:
-                raise EngineError(f"prompt {asked.prompt.index}: somebody else aborted its requests at the server")
             tokens = sum(len(raw.token_ids) for raws in asked.raws.values() for raw in raws)
             return Answer(asked.prompt, aborted_tokens=tokens)
         rollouts = {purpose: [self._sampler.rollout(raw) for raw in raws] for purpose, raws in asked.raws.items()}

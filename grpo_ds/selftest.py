@@ -10,15 +10,20 @@ it was when the old weights are published again. With several ranks: `deepspeed 
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_ds.config import RecipeError
-from grpo_ds.processes import end_with_launcher, leave
+from grpo_ds.processes import adopt_slurm, end_with_launcher, leave, on_end_request
 from grpo_ds.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -41,6 +46,9 @@ FOLLOWED = 0.1
 """Largest part of the mean gap to changed weights that may be left once they are published."""
 
 
+_REMOVE_S = 10.0
+
+
 @dataclass(frozen=True)
 class Check:
     """One line of the table."""
@@ -58,16 +66,17 @@ class Check:
 def selftest(argv: Sequence[str]) -> int:
     """Runs the test on the options of launch/train.py and prints a table; 0: all passed, 1: something did not.
 
-    Every rank calls it. Raises RecipeError for a wrong recipe. Nothing is left on disk.
+    Every rank calls it. Raises RecipeError for a wrong recipe. Nothing is left on disk, unless rank 0 is killed (SIGKILL).
     """
     from grpo_ds.train import Run
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    adopt_slurm(os.environ)
+    recipe, bases = read_recipe([*argv, *STILL])
     run = Run()
-    with tempfile.TemporaryDirectory(prefix="grpo_ds_selftest_") as folder:
+    with scratch(Path(recipe.run.dir)) as folder:
         try:
-            recipe, bases = read_recipe([*argv, *STILL, "--run.dir", folder])
-            run.build(recipe, bases)
+            run.build(replace(recipe, run=replace(recipe.run, dir=str(folder))), bases)
             checks = _checks(run)
             mine = sum(not check.passed for check in checks)
             if run.ranks.is_main or mine:
@@ -77,8 +86,52 @@ def selftest(argv: Sequence[str]) -> int:
                 run.log.say(f"{run.parity.report()}. {run.parity.diagnose()}")
         finally:
             run.close()
+        run.ranks.barrier("self-test over")  # no node writes into the folder any more
     run.ranks.close()
     return int(sum(failed) > 0)
+
+
+@contextmanager
+def scratch(run_dir: Path) -> Iterator[Path]:
+    """On rank 0 a hidden folder in run.dir, because all nodes see that one; it goes at the end, also after a failure.
+
+    On other ranks run.dir itself: they write where rank 0 says.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield run_dir
+        return
+    absent = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=".selftest-", dir=run_dir)
+    except OSError as error:
+        raise RecipeError(
+            f"run.dir: no folder can be made in {run_dir} ({error.strerror}): name one that all nodes may write to"
+        ) from None
+
+    def end(name: str, code: int) -> None:
+        _remove(made, absent)
+        leave(code)
+
+    on_end_request(end)  # launchers send rank 0 SIGTERM when another rank has failed
+    try:
+        yield Path(made)
+    finally:
+        _remove(made, absent)
+
+
+def _remove(folder: str, parents: Sequence[Path]) -> None:
+    """Again and again for some seconds: after a failure another node may still write its last lines there.
+
+    parents: those that were made for it, the innermost first.
+    """
+    deadline = time.monotonic() + _REMOVE_S
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+    with suppress(OSError):  # somebody else has put something there
+        for parent in parents:
+            parent.rmdir()
 
 
 def _checks(run: Any) -> list[Check]:
@@ -103,7 +156,7 @@ def _checks(run: Any) -> list[Check]:
     exact = run.dtype == "float32"
     checks = [
         Check("trainer tensors whose bytes changed", moved, 0),
-        Check("engine version - publications", run.engine.version() - version - 2 if run.engine else 0, 0),
+        Check("engine version - publications", _farthest(run.engine, version + 2), 0),
         Check("engine samples, same prompts and seeds: tokens that differ", sum(tokens), 0 if exact else float("inf")),
         Check("the same: max |Δ log-probability|", max(largest), TOLERANCE.get(run.dtype, TOLERANCE_REDUCED)),
         Check(f"{changed}: mean gap, published / not published", ratio(gaps[changed]["parity/mean"], apart), FOLLOWED),
@@ -113,6 +166,16 @@ def _checks(run: Any) -> list[Check]:
             what = f"{when}: {name} |trainer - engine| log-probability"
             checks.append(Check(what, gap[f"parity/{name}"], getattr(gate.limits, name)))
     return checks
+
+
+def _farthest(engine: Any, version: int) -> int:
+    """How far the version that any server of this node reports is from the published one."""
+    from grpo_ds.engine.pool import EnginePool
+
+    if engine is None:
+        return 0
+    reported = engine.reported_versions() if isinstance(engine, EnginePool) else [engine.version()]
+    return max(abs(found - version) for found in reported)
 
 
 def _rounds(run: Any) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,12 @@ def make_engine(
     device: str,
     seed: int,
     trust_remote_code: bool = False,
+    update_timeout_s: float = math.inf,
 ) -> GenerationEngine:
     """Make (not start) a node's engine of config.kind: an `EnginePool` of its servers, or hf in this process.
 
     dtype: "float32" or "bfloat16". max_model_len: longest prompt + response, in tokens. device: "cpu" or "cuda".
+    update_timeout_s: sync.timeout_s, after which whoever updates the weights gives up.
     Raises RecipeError for an unknown kind and for settings the engine cannot take.
     """
     if config.kind not in KINDS:
@@ -45,7 +48,7 @@ def make_engine(
         config = replace(config, urls=checked_urls(config.urls, shared_key()))
     from grpo_ds.engine.pool import EnginePool
 
-    return EnginePool(lambda k: make_server(config, replica_settings(config, settings, k)), config)
+    return EnginePool(lambda k: make_server(config, replica_settings(config, settings, k)), config, update_timeout_s)
 
 
 def _check_in_process(config: EngineConfig) -> None:

@@ -159,9 +159,10 @@ class GenerationEngine(Protocol):
         afterwards are served as always.
         """
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         """Give back the accelerator's memory until the next weight update; no request may be in flight.
 
+        Returns how many servers sleep now: one that is down, or fails at this, may be restarted instead.
         The update's `pause` takes the weights' memory again, and its `resume` the key/value cache's.
         """
 

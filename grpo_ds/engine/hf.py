@@ -133,7 +133,7 @@ class HfEngine:
 
     # ---- weight updates ----
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         """Not offered: the model shares the trainer's process."""
         raise EngineError("engine.sleep means nothing to engine.kind hf")
 

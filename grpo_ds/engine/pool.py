@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo_ds.config import EngineConfig
 from grpo_ds.engine.base import (
+    UNKNOWN_VERSION,
     Carrier,
     EngineDown,
     EngineError,
@@ -36,6 +37,8 @@ _SHARE = 0.75
 """Part of its equal share of a call's requests that a replica has in flight at once; the rest goes to the faster."""
 _MAX_SEQUENCES = 1024
 """Responses in flight at one replica: more would only wait inside the server."""
+_SHARE_OF_UPDATE = 0.5
+"""Part of an update's remaining time that one step may take."""
 _PROBE_S = 2.0
 """Seconds between health checks of a replica that generates."""
 
@@ -43,9 +46,17 @@ _PROBE_S = 2.0
 class EnginePool:
     """All servers of a node as one engine; implements `GenerationEngine`."""
 
-    def __init__(self, make: Callable[[int], ServerLike], config: EngineConfig) -> None:
-        """make: a new engine, not started, for replica 0, 1, ...; called again at each restart."""
+    def __init__(
+        self, make: Callable[[int], ServerLike], config: EngineConfig, update_timeout_s: float = math.inf
+    ) -> None:
+        """make: a new engine, not started, for replica 0, 1, ...; called again at each restart.
+
+        update_timeout_s: after which whoever updates the weights gives up, counted from `begin_update`.
+        """
         self._config = config
+        self._update_timeout_s = update_timeout_s
+        self._update_ends = math.inf
+        """When that is, on the monotonic clock; infinite outside of an update."""
         self._replicas = Replicas(make, config)
         self._replicas.handed_back = self._hand_back
         self._members: list[tuple[Replica, int]] = []
@@ -67,7 +78,9 @@ class EnginePool:
         self._replicas.close()
 
     def alive(self) -> bool:
-        return any(replica.engine.alive() for replica, _ in self._replicas.running())
+        """Whether enough of it lives: all replicas where none may fail, else any."""
+        living = [replica.engine.alive() for replica in self._replicas.all]
+        return any(living) if self._config.max_restarts else all(living)
 
     def needs_weights(self) -> bool:
         """Whether a weight update would bring a replica into service (it then waits for one to come up, if need be)."""
@@ -201,8 +214,8 @@ class EnginePool:
         if failure is not None and not meanwhile:
             self._replicas.quarantine(replica, life, failure)
 
-    def sleep(self) -> None:
-        self._each("sleep", lambda engine: engine.sleep())
+    def sleep(self) -> int:
+        return self._each("sleep", lambda engine: engine.sleep())
 
     # ---- weight updates ----
 
@@ -212,11 +225,13 @@ class EnginePool:
         When all of them fail during the update it ends without an error, and `needs_weights` asks for another one.
         """
         self._members = self._replicas.wait_running()
+        self._update_ends = math.inf
         self._updates += 1
         self._enter(State.BARE)
         self._each("pause", lambda engine: engine.pause())
 
     def begin_update(self, names: Sequence[str]) -> None:
+        self._update_ends = time.monotonic() + self._update_timeout_s
         self._each("begin_update", lambda engine: engine.begin_update(names))
 
     def update_bucket(self, bucket: dict[str, Any], carrier: Carrier | None = None) -> None:
@@ -231,12 +246,19 @@ class EnginePool:
 
     def resume(self) -> None:
         self._each("resume", lambda engine: engine.resume())
+        self._update_ends = math.inf
         self._enter(State.SERVING)
 
     def version(self) -> int:
         """The version of all replicas in service; one that reports another is taken out."""
         self._each("version", self._require_version)
         return self._version
+
+    def reported_versions(self) -> list[int]:
+        """What each replica itself says; UNKNOWN_VERSION for those out of service."""
+        with self._replicas.lock:
+            engines = [replica.engine if replica.state is State.SERVING else None for replica in self._replicas.all]
+        return [engine.version() if engine else UNKNOWN_VERSION for engine in engines]
 
     def _require_version(self, engine: ServerLike) -> None:
         if (found := engine.version()) != self._version:
@@ -250,9 +272,24 @@ class EnginePool:
                     replica.probed_at = replica.probed_at and time.monotonic()  # an update may have kept it waiting
             self._replicas.changed.notify_all()
 
-    def _each(self, step: str, call: Callable[[ServerLike], object]) -> None:
-        """Calls all members of the last update at once; who fails or misses the deadline is taken out of service."""
+    def _patience(self) -> tuple[float, str]:
+        """(seconds that a step may take, the setting they come from).
+
+        In an update that can go on without a replica, one that hangs takes half of the remaining time at most, so that
+        the others, of which more may hang, can still finish it.
+        """
         limit = self._config.stall_timeout_s
+        share = _SHARE_OF_UPDATE * max(0.0, self._update_ends - time.monotonic())
+        if self._config.max_restarts == 0 or limit <= share:
+            return limit, "engine.stall_timeout_s"
+        return share, f"{_SHARE_OF_UPDATE:g} of what was left of sync.timeout_s"
+
+    def _each(self, step: str, call: Callable[[ServerLike], object]) -> int:
+        """Calls all members of the last update at once; who fails or misses the deadline is taken out of service.
+
+        Returns how many did not.
+        """
+        limit, key = self._patience()
         outcomes: dict[int, Exception | None] = {}
 
         def attempt(replica: Replica, engine: ServerLike) -> None:
@@ -268,11 +305,14 @@ class EnginePool:
         deadline = time.monotonic() + limit
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        silent = EngineError(f"`{step}` was not done within {limit:g} s (engine.stall_timeout_s)")
-        for replica, life, _ in members:
-            if (error := outcomes.get(replica.index, silent)) is not None:
-                self._replicas.quarantine(replica, life, error)
+        silent = EngineError(f"`{step}` was not done within {limit:.3g} s ({key})")
+        failed = [
+            (replica, life, error) for replica, life, _ in members if (error := outcomes.get(replica.index, silent))
+        ]
+        for replica, life, error in failed:
+            self._replicas.quarantine(replica, life, error)
         self._replicas.raise_fatal()
+        return len(members) - len(failed)
 
 
 def _slots(requests: int, n: int, replicas: int) -> int:

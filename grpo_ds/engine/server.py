@@ -255,11 +255,12 @@ class ServerEngine(ABC):
 
     # ---- control ----
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         if self._flights.any():
             raise EngineError(f"the {self.kind.label} engine cannot sleep while requests are in flight")
         self._sleep()
         self._asleep = True
+        return 1
 
     def pause(self) -> None:
         if self._asleep:

@@ -95,10 +95,13 @@ def check_answer(
 ) -> None:
     """Raises EngineError unless these are spec.n whole responses made by policies `oldest` to `newest`.
 
-    aborted: the engine was told to abort, so a response may have no token.
+    aborted: the engine was told to abort, so a response may be cut off and have no token. A server whose core is ended
+    from outside also answers with what it has, as do requests that somebody else aborted: such text is no sample.
     """
     if len(rollouts) != spec.n:
         raise EngineError(f"request {request.request_id} asked for {spec.n} responses and got {len(rollouts)}")
+    if not aborted and any(rollout.finish_reason == "abort" for rollout in rollouts):
+        raise EngineError(f"request {request.request_id} was aborted at the server by somebody else")
     for k, rollout in enumerate(rollouts):
         tokens, logprobs = rollout.token_ids, rollout.logprobs
         covered = [position for span in rollout.spans for position in range(span.start, span.end)]

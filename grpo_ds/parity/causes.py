@@ -170,7 +170,8 @@ def unchanged(gate: ParityGate, probe: Probe) -> list[Finding]:
     if gate.agreed is None:
         return []
     stats = gap_stats(torch.empty(0), torch.empty(0))
-    for (_, now), (_, then) in zip(probe.answers, gate.agreed.answers, strict=True):
+    # Another node's engine is not judged, and has no answers here.
+    for (_, now), (_, then) in zip(probe.answers, gate.agreed.answers, strict=True) if probe.answers else ():
         same = now.token_ids == then.token_ids
         before = torch.tensor(then.logprobs) if same else torch.full((len(now.logprobs),), torch.nan)
         stats = merge(stats, gap_stats(before, torch.tensor(now.logprobs)))

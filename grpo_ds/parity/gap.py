@@ -49,7 +49,10 @@ def limits_of(config: SyncConfig, dtype: str) -> Limits:
 
 @dataclass(frozen=True)
 class Gap:
-    """Differences engine - trainer over all probe tokens of all ranks, in nats; NaN where a token has none."""
+    """Differences engine - trainer over the probe tokens of a node, in nats, or the `worst` of all nodes.
+
+    NaN where a token has none.
+    """
 
     tokens: int
     bad: int
@@ -94,6 +97,23 @@ def gap_of(stats: dict[str, Tensor]) -> Gap:
     edge = 10.0 ** ((int(reached.long().argmax()) + 1) / _BINS_PER_DECADE + _SMALLEST)
     mean = float(stats["sum"]) / max(tokens, 1)
     return Gap(tokens, bad, mean, min(edge, largest), largest, float(stats["below_max"]))
+
+
+def worst(nodes: Sequence[Gap]) -> Gap:
+    """Each number where it is largest: a node that disagrees is not diluted by those that agree."""
+    tokens, bad = sum(gap.tokens for gap in nodes), sum(gap.bad for gap in nodes)
+    if bad:
+        return Gap(tokens, bad, *(math.nan,) * 4)
+    return Gap(tokens, bad, *(max(getattr(gap, name) for gap in nodes) for name in ("mean", "p99", "max", "below")))
+
+
+def farthest(nodes: Sequence[Gap], limits: Limits) -> int:
+    """The node whose gap exceeds the limits most."""
+
+    def excess(gap: Gap) -> float:
+        return max(gap.mean / limits.mean, gap.p99 / limits.p99, gap.max / limits.max)
+
+    return max(range(len(nodes)), key=lambda node: excess(nodes[node]))
 
 
 # ---- which hypothesis ----

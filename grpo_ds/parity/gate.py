@@ -4,8 +4,11 @@ Each node's engine answers a few fixed prompts with fixed seeds; the trainer com
 tokens. Above the limits the run stops, and the trainer computes them again under each hypothesis about what the engine
 may do otherwise (`grpo_ds.parity.causes`), so that the message names the cause.
 
+The gap is that of the node where it is largest, and the cause is looked for there: one engine in a hundred that is wrong
+would be a hundredth of all tokens.
+
 A small gap alone does not show that publications arrive: in 16 bits it hides many small steps. So the run also stops
-when the engines answer bit for bit as at the last gate, and the trainer finds other log-probabilities for that.
+when an engine answers with the weights of the last gate, which the trainer has left (`grpo_ds.parity.stale`).
 
 Cost at 64 nodes x 8 ranks, 70B, 32k tokens: a node's engine decodes 256 tokens of 32 responses (about 10 s), the ranks
 exchange 0.5M sampled tokens and their prompts (~40 MB in all) and make one forward pass over about 3k tokens each (one
@@ -16,7 +19,7 @@ passes, and holds the head twice on each rank (2 x 2 GB). Kept in between: each 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import reduce
 from typing import Any, Protocol
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo_ds.actor.policy import Policy
-from grpo_ds.balance import assign
+from grpo_ds.balance import assign, per_token_home
 from grpo_ds.batching import Layout, MicroBatch, collate
 from grpo_ds.collect import Prompts
 from grpo_ds.config import Recipe
@@ -32,13 +35,15 @@ from grpo_ds.dist import Ranks
 from grpo_ds.evaluate import EngineSampler
 from grpo_ds.metrics import reduce_stats
 from grpo_ds.objective import Stats, merge
-from grpo_ds.parity.causes import HYPOTHESES, unchanged
-from grpo_ds.parity.gap import Finding, Gap, diagnosis, explains, gap_of, gap_stats, limits_of
+from grpo_ds.parity.causes import HYPOTHESES
+from grpo_ds.parity.gap import Finding, Gap, diagnosis, explains, farthest, gap_of, gap_stats, limits_of, worst
+from grpo_ds.parity.stale import Scored, stands_still
 from grpo_ds.shards import Shard
+from grpo_ds.sync.transport import urls_of_node
 from grpo_ds.types import Prompt, Rollout, Sample
 
 PROMPTS = 8
-"""Prompts of a probe for each engine."""
+"""Prompts of a probe for each server; the pool's shares see to it that each is asked some."""
 RESPONSES = 4
 """Responses a prompt, at most: more than one, so that a shared prefix is looked at too."""
 TOKENS = 256
@@ -73,18 +78,15 @@ class Probe:
     batches: list[MicroBatch]
     trainer: list[Tensor]
     """(M,) log-probabilities of each micro-batch under the policy."""
-    gap: Gap
+    scored: list[Scored]
+    """`answers` with their log-probabilities under the policy."""
+    nodes: list[Gap]
+    """Of each node's engine."""
 
-    def says_as(self, other: Probe) -> bool:
-        """Whether this node's engine gave the same tokens with the same log-probabilities, to the last bit."""
-        rows = zip(self.answers, other.answers, strict=True)
-        return all(now.token_ids == then.token_ids and now.logprobs == then.logprobs for (_, now), (_, then) in rows)
-
-    def scores_as(self, other: Probe) -> bool:
-        """Whether this rank found the same log-probabilities, to the last bit."""
-        if len(self.trainer) != len(other.trainer):
-            return False
-        return all(torch.equal(now, then) for now, then in zip(self.trainer, other.trainer, strict=True))
+    @property
+    def gap(self) -> Gap:
+        """The worst of all nodes."""
+        return worst(self.nodes)
 
 
 class ParityGate:
@@ -122,6 +124,8 @@ class ParityGate:
         self.settle = settle
         self.layout: Layout = layout
         self.bos = bos
+        self.count = PROMPTS * _servers(recipe, ranks.nodes)
+        """Prompts of a node."""
         self.head = self.shard_of(policy.engine.module.head.weight)
         self.first_head = self.head.local(ranks.rank).clone()
         """This rank's part of the head that the engines started with."""
@@ -129,8 +133,8 @@ class ParityGate:
         """Of the last `measure`."""
         self.version = 0
         """Its policy version."""
-        self.stuck = False
-        """It is one that no publication can have reached."""
+        self.stale = ""
+        """Which engine no publication can have reached, in a sentence; empty: none."""
         self.agreed: Probe | None = None
         """The last probe that passed."""
         self.agreed_version = 0
@@ -139,7 +143,7 @@ class ParityGate:
         """Asks and compares; returns `parity/max`, `parity/p99` and `parity/mean` in nats. version: what is published."""
         self.settle()
         self.probe, self.version = self.ask(), version
-        self.stuck = self._stuck(self.probe)
+        self.stale = self._stale(self.probe)
         gap = self.probe.gap
         return {"parity/max": gap.max, "parity/p99": gap.p99, "parity/mean": gap.mean}
 
@@ -153,55 +157,88 @@ class ParityGate:
 
     @property
     def passed(self) -> bool:
-        """Whether there was a probe, within the limits, of engines that are not stuck; the same on every rank."""
-        return self.probe is not None and self.probe.gap.within(self.limits) and not self.stuck
+        """Whether there was a probe, within the limits, of engines that are not stale; the same on every rank."""
+        return self.probe is not None and self.probe.gap.within(self.limits) and not self.stale
 
-    def _stuck(self, probe: Probe) -> bool:
-        """Whether no engine says anything new since the last gate, and the trainer does; the same on every rank."""
+    def _stale(self, probe: Probe) -> str:
+        """Says which node's engine answers with the weights of the last gate, if one does; the same on every rank."""
         if self.agreed is None:
-            return False
-        new = torch.tensor([float(not probe.says_as(self.agreed)), float(not probe.scores_as(self.agreed))])
-        engines, trainer = self.ranks.max(new, "parity").tolist()
-        return not engines and bool(trainer)
+            return ""
+        how = stands_still(probe.scored, self.agreed.scored) if probe.scored else ""
+        found = [(node, how) for node, how in self.ranks.all_gather([self.ranks.node, how], "parity") if how]
+        if not found:
+            return ""
+        node, how = found[0]
+        whose = "the engine" if how == "exactly" else "the engine, or one of its servers,"
+        return (
+            f"stale weights: {whose} answers {how} as it did at policy version {self.agreed_version} (node {node}), so the "
+            "publications since then have not reached it"
+        )
 
     def report(self) -> str:
         """The last probe in one line."""
         assert self.probe is not None, "measure() comes before report()"
         gap, limits = self.probe.gap, self.limits
+        where = f" on the worst of {self.ranks.nodes} nodes" if self.ranks.nodes > 1 else ""
         return (
             f"parity at policy version {self.version}: |trainer - engine| log-probability of {gap.tokens} probe tokens: "
-            f"max {gap.max:.2g}, p99 {gap.p99:.2g}, mean {gap.mean:.2g} nats (allowed: sync.parity_max {limits.max:g}, "
-            f"sync.parity_p99 {limits.p99:g}, sync.parity_mean {limits.mean:g})"
+            f"max {gap.max:.2g}, p99 {gap.p99:.2g}, mean {gap.mean:.2g} nats{where} (allowed: "
+            f"sync.parity_max {limits.max:g}, sync.parity_p99 {limits.p99:g}, sync.parity_mean {limits.mean:g})"
         )
 
     def diagnose(self) -> str:
         """Tries the hypotheses one after the other until one explains the gap; the sentence that says so."""
-        probe = self.probe
-        assert probe is not None, "measure() comes before diagnose()"
+        assert self.probe is not None, "measure() comes before diagnose()"
+        if self.stale and self.probe.gap.within(self.limits):
+            return f"Cause: {self.stale}"
+        if self.probe.gap.bad or not self.probe.gap.tokens:
+            return diagnosis(self.probe.gap, [], self.limits)
+        probe = self._of_node(self.probe, farthest(self.probe.nodes, self.limits))
         findings: list[Finding] = []
-        if self.stuck:
-            return diagnosis(probe.gap, unchanged(self, probe), self.limits)
-        for attempt in HYPOTHESES if probe.gap.tokens and not probe.gap.bad else ():
+        for attempt in HYPOTHESES:
             findings += attempt(self, probe)
             # All ranks hold the same findings, so they leave together.
             if any(explains(probe.gap, finding, self.limits) for finding in findings):
                 break
+        else:
+            if self.stale:
+                return f"Cause: {self.stale}"
         return diagnosis(probe.gap, findings, self.limits)
 
     def ask(self) -> Probe:
         """The engines' answers to the fixed prompts, scored by the policy."""
-        count = PROMPTS * self.recipe.engine.replicas
-        prompts = self.prompts.take(self.ranks.node * count, count) if self.prompts else []
+        prompts = self.prompts.take(self.ranks.node * self.count, self.count) if self.prompts else []
         rows = self.sampler(prompts, "train", 0)
         answers = [(prompt, rollout) for prompt, row in zip(prompts, rows, strict=True) for rollout in row]
         made = [_sample(prompt, rollout) for prompt, rollout in answers]
-        work = assign(self.recipe, self.ranks, self.layout, range(count * self.ranks.nodes), made)
-        samples = [
-            [work.samples[i] for i in micro] for step in work.plan for micro in step.micro_batches[self.ranks.rank]
+        work = assign(self.recipe, self.ranks, self.layout, range(self.count * self.ranks.nodes), made)
+        parts = [
+            [[work.samples[i] for i in micro] for micro in step.micro_batches[self.ranks.rank]] for step in work.plan
         ]
+        samples = [micro for part in parts for micro in part]
         batches = self.batches(samples)
         trainer = [self.policy.logprobs(batch) for batch in batches]
-        return Probe(answers, samples, batches, trainer, self.gap(batches, trainer))
+        values = iter(trainer)
+        home = per_token_home(work, self.ranks, [[next(values) for _ in part] for part in parts])
+        scored = [(*answer, logprobs) for answer, logprobs in zip(answers, home, strict=True)]
+        return Probe(answers, samples, batches, trainer, scored, self._gaps(scored))
+
+    def _gaps(self, scored: Sequence[Scored]) -> list[Gap]:
+        """Of every node, on every rank; scored: what this node's engine said, on the rank that leads it."""
+        ours = torch.cat([torch.empty(0), *(logprobs for *_, logprobs in scored)])
+        engine = torch.tensor([value for _, rollout, _ in scored for value in rollout.logprobs])
+        mine = astuple(gap_of(gap_stats(ours, engine))) if self.ranks.leads_node else None
+        return [Gap(*row) for row in self.ranks.all_gather(mine, "parity") if row is not None]
+
+    def _of_node(self, probe: Probe, node: int) -> Probe:
+        """What one node's engine said."""
+        if self.ranks.nodes == 1:
+            return probe
+        samples = [[sample for sample in micro if sample.prompt_index // self.count == node] for micro in probe.samples]
+        batches, here = self.batches(samples), self.ranks.node == node
+        trainer = [self.policy.logprobs(batch) for batch in batches]
+        answers, scored = (probe.answers, probe.scored) if here else ([], [])
+        return Probe(answers, samples, batches, trainer, scored, [probe.nodes[node]])
 
     def batches(self, samples: Sequence[Sequence[Sample]]) -> list[MicroBatch]:
         """The micro-batches as tensors."""
@@ -226,6 +263,12 @@ class ParityGate:
         parts = self.ranks.exchange([data] * self.ranks.world, "output head")
         flat = torch.frombuffer(bytearray(b"".join(parts)), dtype=mine.dtype)
         return flat[: shard.numel].view(shard.shape).to(self.policy.device)
+
+
+def _servers(recipe: Recipe, nodes: int) -> int:
+    """Servers of a node; the most where engine.urls gives some nodes one more, because all ask as many prompts."""
+    urls = recipe.engine.urls
+    return max(len(urls_of_node(urls, node, nodes)) for node in range(nodes)) if urls else recipe.engine.replicas
 
 
 def _probe_recipe(recipe: Recipe) -> Recipe:

@@ -17,9 +17,11 @@ import math
 import mmap
 import os
 import socket
+import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -184,21 +186,43 @@ _DEVICES = {"gloo": "cpu", "nccl": "cuda"}
 def join_group(store: Any, rank: int, world: int, backend: str, address: str, timeout_s: float) -> Any:
     """A process group that has nothing to do with the default one. rank: of this member among `world`.
 
-    gloo: returns when all members are there; address is this machine's. A member that dies breaks the broadcast with a
-    RuntimeError. nccl (not run on a GPU yet): returns at once and chooses its interfaces itself; members meet in the
-    first broadcast. There torch's watchdog ends the *process* that waits for a dead member, and so a dead worker can take
-    the trainer down: the group's options cannot switch that off, only TORCH_NCCL_ASYNC_ERROR_HANDLING for all groups of
-    a process, where DeepSpeed's want it.
+    gloo: returns when all members are there; address is this machine's. nccl: returns at once and chooses its interfaces
+    itself; members meet in the first broadcast. Either way a member that dies, or does not come, breaks the broadcast
+    with a RuntimeError (nccl: as read in torch's source, not run on a GPU yet; see `_without_watchdog`).
     """
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, world, options)
+        with _without_watchdog():
+            return dist.ProcessGroupNCCL(store, rank, world, options)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     return dist.ProcessGroupGloo(store, rank, world, options)
+
+
+_BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
+_environment = threading.Lock()
+
+
+@contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """Has torch make NCCL groups that no watchdog looks after: whoever waits for a broadcast gets its error.
+
+    A watchdog ends the process when a member dies. TORCH_NCCL_ASYNC_ERROR_HANDLING 2 would not do: it also raises a
+    flag on which the default group's monitor ends the process minutes later. The variable is read in the constructor, so
+    the trainer's other groups, which want the watchdog, keep it.
+    """
+    with _environment:
+        before = os.environ.get(_BLOCKING)
+        os.environ[_BLOCKING] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[_BLOCKING]
+            if before is not None:
+                os.environ[_BLOCKING] = before
 
 
 def broadcast(group: Any, data: Tensor, timeout_s: float) -> None:
@@ -225,6 +249,10 @@ class Membership:
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
         world = int(invitation["world"])
         try:
+            # The trainer listens before it invites, so a refusal is final, and the store would try until the deadline.
+            # Of this machine's addresses it takes the one under which the trainer reaches it.
+            with socket.create_connection((invitation["address"], invitation["port"]), self._timeout_s) as probe:
+                address = probe.getsockname()[0]
             timeout = timedelta(seconds=self._timeout_s)
             self._store = dist.TCPStore(
                 invitation["address"], int(invitation["port"]), timeout=timeout, wait_for_workers=False
@@ -232,9 +260,6 @@ class Membership:
             store = dist.PrefixStore(self.id, self._store)
             rank = store.add("members", 1)
             if rank < world:
-                # Under which the trainer reaches this machine; not every address of it need be on the way there.
-                with socket.create_connection((invitation["address"], invitation["port"]), self._timeout_s) as probe:
-                    address = probe.getsockname()[0]
                 self._group = join_group(store, rank, world, invitation["backend"], address, self._timeout_s)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0][:300]

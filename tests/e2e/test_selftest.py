@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,36 @@ OPTIONS = ["--recipe", "quickstart.yaml", "--engine.kind", "hf", "--train.prompt
 CLI = [sys.executable, "-m", "grpo_ds.cli", "selftest"]
 
 
-def run(command: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], timeout_s: float = 240, more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command, cwd=ROOT, env=env | (more or {}), capture_output=True, text=True, timeout=timeout_s)
 
 
 def failed(output: str) -> list[str]:
     return [line.split("  ")[0] for line in output.splitlines() if line.endswith("FAILED")]
 
 
-def test_nothing_moves_at_learning_rate_zero() -> None:
-    done = run([*CLI, *OPTIONS])
+def test_nothing_moves_at_learning_rate_zero_and_nothing_is_left(tmp_path: Path) -> None:
+    done = run([*CLI, *OPTIONS, "--run.dir", str(tmp_path / "runs" / "here")])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "selftest: nothing moved" in done.stdout and failed(done.stdout) == []
+    assert str(tmp_path / "runs" / "here" / ".selftest-") in done.stdout, "its folder is where a run's would be"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path) -> None:
+    code = (
+        "import sys, grpo_ds.selftest as s; from grpo_ds.sync.publish import WeightPublisher as W; "
+        "W.publish = lambda self, version: 1 / 0; "
+        "s.leave(s.selftest(sys.argv[1:]))"
+    )
+    (tmp_path / "run-of-somebody").mkdir()
+    done = run([sys.executable, "-c", code, *OPTIONS, "--run.dir", str(tmp_path)])
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr, done.stdout + done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["run-of-somebody"]
 
 
 @pytest.mark.slow
@@ -81,3 +98,26 @@ def test_weights_that_move_are_seen_on_both_sides() -> None:
 def test_a_wrong_option_is_refused() -> None:
     done = run([*CLI, *OPTIONS, "--actor.lrr", "1"])
     assert done.returncode == 2 and "actor.lr" in done.stderr
+
+
+def test_a_launcher_that_ends_rank_0_leaves_nothing(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*CLI, *OPTIONS, "--run.dir", str(tmp_path / "runs")], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as running:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("runs/.selftest-*/*/logs")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            running.terminate()
+            assert running.wait(60) == 143
+        finally:
+            running.kill()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("head", [CLI, [sys.executable, "-m", "grpo_ds.selftest"]], ids=["command", "module"])
+def test_ranks_that_srun_started_are_understood(head: list[str]) -> None:
+    """As launch/train.py understands them: these nodes have different numbers of ranks, which is refused."""
+    step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    done = run([*head, *OPTIONS], more=step | {"SLURM_STEP_TASKS_PER_NODE": "2,1"})
+    assert done.returncode == 2 and "SLURM gave the nodes different numbers of tasks (2,1)" in done.stderr

@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from grpo_ds.engine.base import EngineError, RawRollout, SamplingSpec
+from grpo_ds.config import EngineConfig
+from grpo_ds.engine.base import EngineDown, EngineError, RawRollout, SamplingSpec
+from grpo_ds.engine.pool import EnginePool
 from tests.engine.bench import Bench, assert_logprobs_match, requests
 from tests.engine.conftest import SGLANG
 from tests.engine.test_process import command_of, descendants
@@ -206,3 +208,38 @@ def test_a_hung_scheduler_is_not_covered_up_by_its_web_server(served: Bench) -> 
         assert not covered_up
     finally:
         scheduler.resume()
+
+
+class Lent:
+    """The session's server, as a pool has it that may neither end nor start it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def start(self) -> None:
+        pass
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_somebody_else_aborts_at_the_server_is_no_answer(served: Bench, sender: Sender) -> None:
+    server: Any = served.engine
+    pool = EnginePool(lambda replica: Lent(server), EngineConfig(max_restarts=1))
+    pool.wait_ready()
+    publish(Bench(pool, served.model), sender, 34)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(pool.generate, requests(8), SamplingSpec(n=4, max_tokens=200))
+        time.sleep(0.5)
+        server._abort(30.0)  # the route that anybody with the key may post to
+        with pytest.raises(EngineDown) as down:
+            running.result(timeout=60)
+    reasons = {rollout.finish_reason for rollouts in down.value.finished.values() for rollout in rollouts}
+    assert reasons <= {"stop", "length"} and len(down.value.finished) < 8
+    assert pool.take_counts()["quarantined"] == 1

@@ -223,6 +223,35 @@ def vllm_asks(**changes: Any) -> Fault:
 BOS = asked(lambda request, spec: (replace(request, prompt_token_ids=(2, *request.prompt_token_ids)), spec))
 NO_BOS = asked(lambda request, spec: (replace(request, prompt_token_ids=request.prompt_token_ids[1:]), spec))
 
+
+def of_node_one(fault: Fault) -> Fault:
+    """Node 0 is sound. The fault must have no collective in it."""
+    return lambda run: (fault if run.ranks.node == 1 else nothing)(run)
+
+
+@contextmanager
+def one_node_stale(run: Run) -> Iterator[None]:
+    """A publication that loads nothing on node 1, and leaves a gap that is allowed."""
+
+    def deaf(engine: hf.HfEngine, bucket: dict[str, Any], carrier: Any = None) -> None:
+        assert engine._ledger is not None
+        engine._ledger.arrived(entry["name"] for entry in bucket["tensors"])
+
+    run.parity.measure(run.publisher.version)
+    run.parity.require()
+    step(run)
+    with patch.object(hf.HfEngine, "update_bucket", deaf) if run.ranks.node == 1 else nothing(run):
+        run.publisher.publish(run.publisher.version + 1)
+    with patch.object(run.parity, "limits", Limits(math.inf, math.inf, math.inf)):
+        yield
+    run.publisher.republish()
+
+
+TWO_NODES: dict[str, Fault] = {
+    "healthy": nothing,
+    "temperature_of_one_node": of_node_one(sampling(temperature=0.5)),
+    "one_node_stale": one_node_stale,
+}
 FAULTS: dict[str, dict[str, Fault]] = {
     "hf": {
         "healthy": nothing,
@@ -275,7 +304,7 @@ def main() -> None:
     run = Run()
     run.build(*read_recipe(sys.argv[1:]))
     report: dict[str, Any] = {}
-    faults = FAULTS[run.recipe.engine.kind]
+    faults = TWO_NODES if run.ranks.nodes > 1 else FAULTS[run.recipe.engine.kind]
     chosen = os.environ.get("PLANT")
     for name in chosen.split(",") if chosen else faults:
         with faults[name](run):
@@ -288,7 +317,7 @@ def main() -> None:
                 error = str(caught)
         errors = run.ranks.all_gather(error, "errors")
         report[name] = {"numbers": numbers, "line": line, "error": error, "same": len(set(errors)) == 1}
-    if run.recipe.engine.kind == "hf" and not chosen:
+    if faults is FAULTS["hf"] and not chosen:
         report["in the loop"] = in_the_loop(run)
     run.parts.ranks.barrier("done")
     if run.ranks.is_main:

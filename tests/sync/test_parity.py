@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,36 @@ def plant(folder: Path, *options: str, faults: str = "") -> Report:
 
 
 @pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Of one rank each, on this machine."""
+    folder, port = tmp_path_factory.mktemp("parity_nodes"), str(free_port())
+    end = [str(ROOT / "tests" / "sync" / "parity_faults.py"), "--recipe", str(write_project(folder))]
+    end += ["--run.dir", str(folder / "runs"), "--engine.kind", "hf"]
+    head = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+    with ExitStack() as files:
+        nodes = [
+            subprocess.Popen(
+                [sys.executable, *head, "--master-port", port, "--node-rank", str(node), *end],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdout=files.enter_context(open(folder / f"node-{node}.txt", "w")),
+                stderr=subprocess.STDOUT,
+            )
+            for node in range(2)
+        ]
+        try:
+            for node in nodes:
+                node.wait(240)
+        finally:
+            for node in nodes:
+                node.kill()
+    screens = [(folder / f"node-{node}.txt").read_text() for node in range(2)]
+    lines = [line for screen in screens for line in screen.splitlines() if "REPORT " in line]
+    assert len(lines) == 1, "\n".join(screens)
+    return dict(json.loads(lines[0].partition("REPORT ")[2]))
+
+
+@pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return plant(tmp_path_factory.mktemp("parity_hf"), "--engine.kind", "hf")
 
@@ -129,6 +160,20 @@ def assert_sound(report: Report, name: str) -> None:
 def test_a_gate_passes_what_is_sound_and_names_what_is_not(few: Report) -> None:
     assert_sound(few, "healthy")
     assert_named(few, "temperature")
+
+
+def test_a_node_that_is_wrong_among_others_is_not_diluted_and_its_cause_is_named(two_nodes: Report) -> None:
+    assert_sound(two_nodes, "healthy")
+    assert "nats on the worst of 2 nodes (allowed: " in two_nodes["healthy"]["line"]
+    found = two_nodes["temperature_of_one_node"]
+    assert found["same"] and found["error"].startswith(found["line"] + ". Cause: " + SAYS["temperature"]), found
+    assert found["numbers"]["parity/mean"] > 0.1
+
+
+def test_a_node_that_no_publication_reaches_is_named_although_the_other_one_moved(two_nodes: Report) -> None:
+    found = two_nodes["one_node_stale"]
+    assert found["same"], found
+    assert "Cause: stale weights: the engine answers exactly as it did at policy version 0 (node 1)" in found["error"]
 
 
 def test_an_engine_that_no_step_reaches_is_stopped_however_small_the_gap(few: Report) -> None:

@@ -119,8 +119,9 @@ class FakeEngine:
         self._reach()
         self.aborts += 1
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         self._reach()
+        return 1
 
     def pause(self) -> None:
         self._reach()
@@ -160,6 +161,11 @@ def answer_to(request: Request, spec: SamplingSpec, version: int, began: int | N
 
 def without_logprobs(answer: list[RawRollout]) -> list[RawRollout]:
     return [replace(rollout, logprobs=()) for rollout in answer]
+
+
+def cut_off(answer: list[RawRollout]) -> list[RawRollout]:
+    """The first response as a server gives it whose core is ended in the middle: some tokens, and HTTP 200."""
+    return [replace(answer[0], finish_reason="abort"), *answer[1:]]
 
 
 def publish(pool: EnginePool, version: int, between: Callable[[], None] = lambda: None) -> None:

@@ -24,19 +24,21 @@ class Ranks:
 
 
 class Sleeper:
-    """An engine that only sleeps, and frees 8 GiB by it."""
+    """An engine of `servers` that only sleeps, and frees 8 GiB by it."""
 
-    def __init__(self, device: list[int], fails: bool = False, frees: int = 8 * GIB) -> None:
+    def __init__(self, device: list[int], fails: bool = False, frees: int = 8 * GIB, servers: int = 1) -> None:
         self.device = device
         self.fails = fails
         self.frees = frees
+        self.servers = servers
         self.naps = 0
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         if self.fails:
             raise RuntimeError("out of order")
         self.naps += 1
         self.device[0] += self.frees
+        return self.servers
 
 
 def colocation(
@@ -130,11 +132,25 @@ def test_the_weights_alone_are_enough() -> None:
 def test_what_sleep_freed_is_counted_over_the_devices_of_a_node() -> None:
     """Two servers of 8 GiB on two ranks' devices: this one gets 8 GiB back, and the other one's count decides."""
     device, ranks = [20 * GIB], Ranks()
-    parts = colocation(device, Sleeper(device), weights=8 * GIB, ranks=ranks, replicas=2)
+    parts = colocation(device, Sleeper(device, servers=2), weights=8 * GIB, ranks=ranks, replicas=2)
     ranks.others = [[0, 8 * GIB], [1, 7 * GIB], [1, 9 * GIB]]
     parts.after("generate")
     ranks.others = [[0, 8 * GIB], [1, 7 * GIB], [1, 8 * GIB]]
     with pytest.raises(SleepFailed, match=r"node 1 .* 15.00 GiB .* less than the 16.00 GiB"):
+        parts.after("generate")
+
+
+def test_a_node_with_a_server_down_is_not_accused_of_keeping_its_memory() -> None:
+    """One of two servers died in the generation, which the run allows: sleep frees the weights of the other one."""
+    device, ranks = [20 * GIB], Ranks()
+    engine = Sleeper(device, servers=1)
+    parts = colocation(device, engine, weights=9 * GIB, ranks=ranks, replicas=2)
+    parts.after("generate")
+    ranks.others = [[1, 7 * GIB]]
+    with pytest.raises(SleepFailed, match="the engine of node 1 says that it sleeps, and 7.00 GiB"):
+        parts.after("generate")
+    engine.servers, ranks.others = 2, []
+    with pytest.raises(SleepFailed, match="the engine of node 0 says that it sleeps, and 8.00 GiB"):
         parts.after("generate")
 
 

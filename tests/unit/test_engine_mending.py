@@ -5,17 +5,30 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from grpo_ds.config import DataConfig, ModelConfig, Recipe, RewardConfig, RolloutConfig
 from grpo_ds.engine.base import EngineError, SamplingSpec
 from grpo_ds.engine.pool import EnginePool
-from grpo_ds.evaluate import EngineSampler
+from grpo_ds.evaluate import EngineSampler, evaluate
+from grpo_ds.inflight import Foreground
 from grpo_ds.seeds import derive_seed
-from grpo_ds.types import Prompt, Rollout
-from tests.unit.engine_fakes import Diary, FakeEngine, Meeting, OneRank, make_pool, publish, wait_for, without_logprobs
+from grpo_ds.types import Group, Prompt, Rollout, Scored
+from tests.unit.engine_fakes import (
+    Diary,
+    FakeEngine,
+    Meeting,
+    OneRank,
+    cut_off,
+    make_pool,
+    publish,
+    wait_for,
+    without_logprobs,
+)
 
 RECIPE = Recipe(
     model=ModelConfig(path="m"),
@@ -70,6 +83,46 @@ def test_a_run_that_allows_no_restart_gets_the_cause() -> None:
     with pytest.raises(EngineError, match="server 0 is gone"):
         sample(prompts(0, 9), "train", 0)
     pool.close()
+
+
+class Alone(OneRank):
+    def sum(self, values: Tensor, what: str) -> Tensor:
+        return values
+
+
+def finish_reason_is_stop(pairs: list[tuple[Prompt, list[Rollout]]]) -> list[Group]:
+    """A grader that gives 1 for a whole response."""
+
+    def scored(rollout: Rollout) -> Scored:
+        score = float(rollout.finish_reason == "stop")
+        return Scored(rollout, score, score, {"f": score})
+
+    return [Group(prompt, tuple(scored(rollout) for rollout in row)) for prompt, row in pairs]
+
+
+@pytest.fixture
+def cutting() -> Iterator[EngineSampler]:
+    """Over two engines, of which one answers with what somebody else cut off; it must be asked."""
+    diary = Diary(must_ask=frozenset({0}))
+    pool = make_pool(diary)
+    diary.made[0].rubbish = cut_off
+    yield sampler(pool, Alone(), lambda: publish(pool, 0))
+    pool.close()
+
+
+def test_what_somebody_else_cut_off_is_not_trained_on(cutting: EngineSampler) -> None:
+    generation = Foreground(cutting)  # sync.mode drain
+    generation.ask(prompts(0, 12), 0)
+    answers = generation.answers(12)
+    assert {rollout.finish_reason for answer in answers for rollout in answer.train or []} == {"stop"}
+    assert len(answers) == 12 and all(len(answer.train or []) == 2 for answer in answers)
+    assert cutting.faults()["engine/quarantined"] == 1
+
+
+def test_what_somebody_else_cut_off_is_not_scored_in_an_evaluation(cutting: EngineSampler) -> None:
+    score = evaluate(prompts(0, 12), cutting, finish_reason_is_stop, Alone(), "score")  # type: ignore[arg-type]
+    assert score == 1.0
+    assert cutting.faults()["engine/quarantined"] == 1
 
 
 def test_all_ranks_publish_for_one_nodes_engine_and_go_on_together() -> None:
@@ -130,6 +183,8 @@ def test_thirty_rounds_with_twenty_random_faults_lose_and_double_nothing(seed: i
     current = {"version": 0}
     sample = sampler(pool, OneRank(), lambda: publish(pool, current["version"]))
     faults = Counter(rng.randrange(30) for _ in range(20))
+    asker: dict[tuple[int, ...], int] = {(derive_seed(RECIPE.train.seed, "train", k // 20, k),): k for k in range(600)}
+    """Which prompt a first response of one token answers."""
     totals, seen = Counter[str](), Counter[int]()
     for round_index in range(30):
         timers = [threading.Timer(0.02 * rng.random(), break_one, (diary, rng)) for _ in range(faults[round_index])]
@@ -139,7 +194,7 @@ def test_thirty_rounds_with_twenty_random_faults_lose_and_double_nothing(seed: i
         asked = prompts(20 * round_index, 20)
         rollouts = sample(asked, "train", round_index)
         check(rollouts, asked, round_index, current["version"])
-        seen.update(p.index for p in asked)
+        seen.update(asker[row[0].token_ids] for row in rollouts)
         for timer in timers if during else []:
             timer.start()
         current["version"] += 1

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_ds.config import EngineConfig, RecipeError
 from grpo_ds.engine import make_engine
-from grpo_ds.engine.base import EngineDown, EngineError, RawRollout, Request, SamplingSpec
+from grpo_ds.engine.base import UNKNOWN_VERSION, EngineDown, EngineError, RawRollout, Request, SamplingSpec
 from grpo_ds.engine.pool import EnginePool
 from grpo_ds.types import VersionSpan
 from tests.unit.engine_fakes import (
@@ -23,6 +23,7 @@ from tests.unit.engine_fakes import (
     FakeEngine,
     Rubbish,
     answer_to,
+    cut_off,
     make_pool,
     publish,
     wait_for,
@@ -96,7 +97,7 @@ def test_a_server_that_sleeps_between_generations_is_replaced_only_when_an_updat
     diary.made[0].dead, diary.must_ask = True, frozenset({0})
     assert pool.generate(requests(20), SPEC) == right(20, 1)
     wait_for("the end of the dead one", lambda: diary.made[0].closed)
-    pool.sleep()
+    assert pool.sleep() == 1
     time.sleep(0.5)
     assert len(diary.made) == 2, "nothing was started while the engine sleeps"
     publish(pool, 2)
@@ -156,6 +157,7 @@ RUBBISH: dict[str, Rubbish] = {
     "no tokens": lambda answer: [replace(r, token_ids=(), logprobs=(), spans=()) for r in answer],
     "tokens of no known policy": lambda answer: [replace(r, spans=()) for r in answer],
     "tokens of another policy": lambda answer: [replace(r, spans=(VersionSpan(7, 0, 1),)) for r in answer],
+    "a response that somebody else cut off": cut_off,
     "something else altogether": lambda answer: [answer[999]],
 }
 
@@ -226,6 +228,13 @@ def test_without_restarts_the_first_failure_ends_the_call_at_once_with_its_cause
         pool.needs_weights()
 
 
+def test_without_restarts_an_abort_by_somebody_else_is_named(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=1, max_restarts=0)
+    diary.made[0].rubbish = cut_off
+    with pytest.raises(EngineError, match="request r0 was aborted at the server by somebody else"):
+        pool.generate(requests(1), SPEC)
+
+
 def test_more_failures_than_max_restarts_end_the_run_with_the_last_cause(diary: Diary) -> None:
     pool = make_pool(diary, replicas=1, max_restarts=2)
     diary.fails_to_start = 9
@@ -247,6 +256,14 @@ def test_a_restart_that_fails_is_tried_again(diary: Diary) -> None:
     publish(pool, 0)
     assert pool.generate(requests(3), SPEC) == right(3)
     assert len(diary.made) == 4
+
+
+@pytest.mark.parametrize(("restarts", "alive"), [(0, False), (1, True)])
+def test_one_dead_replica_is_the_engines_death_where_none_may_fail(diary: Diary, restarts: int, alive: bool) -> None:
+    pool = make_pool(diary, max_restarts=restarts)
+    assert pool.alive()
+    diary.made[1].dead = True
+    assert pool.alive() is alive
 
 
 def test_an_engine_that_does_not_start_the_first_time_ends_the_run(diary: Diary) -> None:
@@ -291,6 +308,16 @@ def test_one_that_reports_another_version_after_an_update_is_taken_out(diary: Di
     diary.made[0].finish_update = lambda version: None  # type: ignore[method-assign]
     publish(pool, 1)
     assert pool.take_counts()["quarantined"] == 1
+
+
+def test_each_replica_says_its_own_version(diary: Diary) -> None:
+    pool = make_pool(diary, replicas=3)
+    publish(pool, 4)
+    assert pool.reported_versions() == [4, 4, 4]
+    diary.made[1].held = 3
+    assert pool.reported_versions() == [4, 3, 4]
+    pool.version()  # takes it out
+    assert pool.reported_versions()[1] == UNKNOWN_VERSION
 
 
 def test_a_replica_that_died_between_calls_is_replaced_in_the_next_update(diary: Diary) -> None:

@@ -20,10 +20,9 @@ from grpo_ds.engine import sglang_wire, vllm_wire
 from grpo_ds.engine.base import EngineSettings, Request, SamplingSpec
 from grpo_ds.engine.hf import processed_logprobs
 from grpo_ds.objective import merge
-from grpo_ds.parity import ParityGate
 from grpo_ds.parity.causes import folder_sampling, with_first, without_first
-from grpo_ds.parity.gap import Finding, Gap, Limits, cause, diagnosis, gap_of, gap_stats, limits_of
-from grpo_ds.parity.gate import Probe
+from grpo_ds.parity.gap import Finding, Gap, Limits, cause, diagnosis, farthest, gap_of, gap_stats, limits_of, worst
+from grpo_ds.parity.gate import _servers
 from grpo_ds.parity.sampling import (
     Sampling,
     alike,
@@ -35,7 +34,7 @@ from grpo_ds.parity.sampling import (
     sampled_from,
     temperatures_around,
 )
-from grpo_ds.types import Prompt, Rollout, Sample, VersionSpan
+from grpo_ds.types import Sample
 
 LIMITS = Limits(mean=1e-4, p99=1e-3, max=1e-2)
 GOOD = Gap(tokens=500, bad=0, mean=1e-7, p99=1e-6, max=2e-6, below=1e-6)
@@ -108,30 +107,28 @@ def test_limits_follow_the_dtype_until_the_recipe_names_them() -> None:
         SyncConfig(parity_max=0.0)
 
 
-def probe(engine: list[float], trainer: list[float], token: int = 3, version: int = 0) -> Probe:
-    """Of one answer of as many tokens."""
-    tokens, logprobs = (token,) * len(engine), tuple(engine)
-    rollout = Rollout(tokens, logprobs, "length", (VersionSpan(version, 0, len(engine)),), "")
-    return Probe([(Prompt(0, 0, (5,), "", {}), rollout)], [], [], [torch.tensor(trainer)], GOOD)
+def test_the_gap_of_a_node_is_not_diluted_by_the_others() -> None:
+    nodes = [GOOD, replace(GOOD, mean=2e-4, p99=9e-4), replace(GOOD, max=5e-3)]
+    found = worst(nodes)
+    assert (found.tokens, found.mean, found.p99, found.max) == (1500, 2e-4, 9e-4, 5e-3)
+    assert not found.within(LIMITS) and farthest(nodes, LIMITS) == 1
+    assert farthest([WRONG, GOOD], Limits(math.inf, math.inf, math.inf)) == 0
+    broken = worst([GOOD, replace(GOOD, bad=1, mean=math.nan, p99=math.nan, max=math.nan)])
+    assert broken.bad == 1 and not broken.within(Limits(math.inf, math.inf, math.inf))
 
 
 @pytest.mark.parametrize(
-    ("now", "stuck"),
+    ("engine", "nodes", "servers"),
     [
-        (probe([-1.0, -2.0], [-1.0, -2.0 - 1e-6], version=9), True),
-        (probe([-1.0, -2.0], [-1.0, -2.0], version=9), False),
-        (probe([-1.0, -2.0 - 1e-6], [-1.0, -2.0 - 1e-6]), False),
-        (probe([-1.0, -2.0], [-1.5, -2.5], token=4), False),
+        ({}, 2, 1),
+        ({"replicas": 4}, 2, 4),
+        ({"urls": [f"http://h{k}:1" for k in range(11)]}, 2, 6),
+        ({"urls": ["http://127.0.0.1:1", "http://127.0.0.1:2"]}, 3, 2),
     ],
-    ids=["only the trainer moved", "nobody moved", "both moved", "another token"],
 )
-def test_engines_stand_still_when_only_the_trainer_moved(now: Probe, stuck: bool) -> None:
-    """By one bit of one token: nobody is stuck where the weights are those of the last gate (learning rate 0)."""
-    first = probe([-1.0, -2.0], [-1.0, -2.0])
-    gate: Any = SimpleNamespace(agreed=first, ranks=SimpleNamespace(max=lambda values, what: values))
-    assert ParityGate._stuck(gate, now) is stuck
-    gate.agreed = None
-    assert ParityGate._stuck(gate, now) is False
+def test_as_many_prompts_are_asked_as_the_servers_of_a_node_need(engine: Any, nodes: int, servers: int) -> None:
+    recipe: Any = SimpleNamespace(engine=EngineConfig(**engine))
+    assert _servers(recipe, nodes) == servers
 
 
 # ---- which hypothesis ----

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from grpo_ds.config import SyncConfig
+from grpo_ds.config import EngineConfig, SyncConfig
+from grpo_ds.engine.base import Request, SamplingSpec
+from grpo_ds.engine.pool import EnginePool
 from grpo_ds.sync.publish import SyncError, WeightPublisher
-from tests.unit.engine_fakes import OneRank
+from tests.unit.engine_fakes import Diary, FakeEngine, OneRank, answer_to
 
 
 class OnlyRank(OneRank):
@@ -71,3 +73,33 @@ def test_an_engine_that_is_silent_in_a_step_ends_the_publication_by_name(engine:
     assert time.monotonic() - begun < 10
     assert "publishing policy version 7 failed in step " + says in str(error.value)
     publisher.close()
+
+
+def hang(engine: FakeEngine, step: str) -> None:
+    """From this step on it answers nothing."""
+
+    def never(*arguments: Any) -> None:
+        engine.stopped = True
+        engine._reach()
+
+    setattr(engine, step, never)
+
+
+def test_replicas_that_hang_in_turn_are_taken_out_before_the_publication_gives_up() -> None:
+    """Each is silent for less than engine.stall_timeout_s; together they would be so for longer than sync.timeout_s."""
+    diary, sync = Diary(), SyncConfig(timeout_s=6.0)
+    config = EngineConfig(replicas=3, max_restarts=2, start_timeout_s=5, stall_timeout_s=5.0)
+    pool = EnginePool(lambda index: FakeEngine(index, diary), config, sync.timeout_s)
+    pool.start()
+    pool.wait_ready()
+    hang(diary.made[0], "begin_update")
+    hang(diary.made[1], "update_bucket")
+    publisher = WeightPublisher(nn.Linear(2, 2), OnlyRank(), pool, sync)  # type: ignore[arg-type]
+    try:
+        publisher.publish(7)
+        assert pool.take_counts()["quarantined"] == 2
+        asked = [Request((1, 2), 5, "r")]
+        assert pool.generate(asked, SamplingSpec(n=1, max_tokens=4)) == [answer_to(asked[0], SamplingSpec(1, 4), 7)]
+    finally:
+        publisher.close()
+        pool.close()

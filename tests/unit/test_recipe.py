@@ -104,6 +104,13 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path) -
             ["engine.replicas counts servers that the run"],
         ),
         (MINIMAL | {"engine": {"urls": ["http://h:1"], "sleep": True}}, ["engine.sleep is for servers that share"]),
+        (
+            MINIMAL | {"engine": {"max_restarts": 1}, "sync": {"timeout_s": 300}},
+            [
+                "sync.timeout_s (300) does not exceed engine.stall_timeout_s (300)",
+                "raise the first or lower the second",
+            ],
+        ),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence_that_names_the_key_and_the_file(

@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from grpo_ds.engine.base import EngineError
 from grpo_ds.peers import address_towards
+from grpo_ds.sync import receive
 from grpo_ds.sync.group import GroupCarrier, GroupChannel
 from grpo_ds.sync.receive import BucketReader, Membership, checksum
 
@@ -154,6 +156,75 @@ def test_a_worker_that_is_killed_in_the_middle_does_not_hold_the_trainer(threads
         assert worker.exitcode == -9
         raise EngineError("connection was reset")  # what the server's HTTP connection then says
     assert time.monotonic() - started < 50
+
+
+class Full(GroupCarrier):
+    """Of a trainer whose GPU has no room for the bucket from byte `at` on."""
+
+    at = 0
+
+    def on_device(self, bucket: dict[str, Any]) -> torch.Tensor:
+        if bucket["start"] == self.at:
+            raise RuntimeError("CUDA out of memory.\nMore about it")
+        return super().on_device(bucket)
+
+
+@pytest.mark.parametrize("at", [0, 64], ids=["before the workers have joined", "when they wait for the second bucket"])
+def test_the_trainers_own_failure_ends_the_workers_wait_at_once_and_is_told(at: int) -> None:
+    carrier = Full(memory(), "cpu", timeout_s=60.0)
+    carrier.at = at
+    sender, reader = carrier.open(SERVER, 1), BucketReader()
+    if at:
+        with sender.carry(bucket(0, 4)) as told:
+            read(reader, told)
+    started = time.monotonic()
+    wanted = (
+        r"the trainer could not send a weight bucket to http://127\.0\.0\.1:1 \(1 workers\): CUDA out of memory\.; "
+    )
+    with pytest.raises(EngineError, match=wanted) as failure, sender.carry(bucket(at, 4)) as told:
+        read(reader, told)
+    assert time.monotonic() - started < 20
+    assert str(failure.value.__cause__).startswith("CUDA out of memory")
+    carrier.at = -1
+    with sender.carry(bucket(at, 4)) as told:
+        assert read(reader, told) == [at / 4 + k for k in range(4)]
+
+
+def test_servers_that_get_a_bucket_at_the_same_time_share_its_copy() -> None:
+    carrier, first = GroupCarrier(memory(), "cpu", 1.0), bucket(0, 4)
+    one = carrier.on_device(first)
+    assert carrier.on_device(first) is one
+    other = carrier.on_device(bucket(0, 4))
+    assert other is not one, "the next bucket in the same memory"
+    del one, other
+    assert carrier._copy() is None, "nothing is kept between publications"
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_groups_over_nccl_have_no_watchdog_and_the_trainers_others_keep_theirs(
+    before: str | None, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch reads in the constructor; that it acts on it was not run on a GPU."""
+    name, seen = "TORCH_NCCL_BLOCKING_WAIT", list[Any]()
+
+    class Group:
+        Options = SimpleNamespace
+
+        def __init__(self, store: Any, rank: int, world: int, options: Any) -> None:
+            seen.append((os.environ.get(name), options._timeout.total_seconds()))
+            if fails:
+                raise RuntimeError("no GPUs found")
+
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+    monkeypatch.setattr(receive.dist, "ProcessGroupNCCL", Group, raising=False)
+    with pytest.raises(RuntimeError, match="no GPUs") if fails else nullcontext():
+        receive.join_group(None, 0, 2, "nccl", "127.0.0.1", 7.0)
+    assert seen == [("1", 7.0)]
+    assert os.environ.get(name) == before
 
 
 def test_a_server_without_an_address_is_named() -> None:
