@@ -14,7 +14,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_ds.config import RecipeError
+from grpo_ds.guarded import run_guarded
 
 NAME = "cpu_adam"
 """Of DeepSpeed's operator, the library and the Python module in it."""
-_END_S = 30.0
-"""Deadline for compilers that are told to end."""
 _WAY_OUT = "or take zero3.json, which keeps the optimizer on the device"
 _INSTALL = "install a C++ compiler and Python's headers (on Debian and Ubuntu: apt-get install g++ python3-dev)"
 
@@ -127,22 +125,12 @@ def _build(library: Path, command: Sequence[str], deadline: float, timeout_s: fl
 
 def _run(command: Sequence[str], partial: Path, log: Path, deadline: float, lock: int) -> int | None:
     """The command's exit code; None: it missed the deadline. All that it started ends with it, and with this process."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # ninja lies beside Python, also where the environment was not activated.
-    path = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env |= {"TORCH_EXTENSIONS_DIR": str(partial), "PATH": path}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environ = {"TORCH_EXTENSIONS_DIR": str(partial), "PATH": path}
     log.unlink(missing_ok=True)
-    guarded = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(log), "--", *command]
     # The guard holds the lock, too: if this process is killed, it is taken off only when nothing writes here any more.
-    guard = subprocess.Popen(guarded, env=env, stdin=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-    assert guard.stdin is not None
-    try:
-        return guard.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        guard.stdin.close()  # which asks for the end
-        guard.wait(_END_S)
+    return run_guarded(command, log, max(0.0, deadline - time.monotonic()), environ, pass_fds=[lock])
 
 
 def _cause(log: Path) -> str:

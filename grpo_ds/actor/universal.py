@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import uuid
 from pathlib import Path
 
 from grpo_ds.dist import Ranks
-from grpo_ds.recipe import ROOT
+from grpo_ds.guarded import run_guarded
 from grpo_ds.records import replace_folder, sync
 
 UNIVERSAL = "universal"
 """Folder in a checkpoint that holds its universal form."""
 _PATIENCE = 0.9
 """Part of train.collective_timeout_s that the conversion may take: the other ranks wait that long for its end."""
-_END_S = 10.0
-"""Seconds in which a guard must have ended a conversion that is not wanted any more."""
 
 
 def make_universal(checkpoint: Path, ranks: Ranks) -> None:
@@ -49,7 +46,7 @@ def convert(checkpoint: Path, timeout_s: float) -> str | None:
     log.parent.mkdir(exist_ok=True)
     begin = log.stat().st_size if log.exists() else 0
     limit = _PATIENCE * timeout_s
-    code = _run_guarded(_command(checkpoint, partial), log, limit)
+    code = run_guarded(_command(checkpoint, partial), log, limit)
     if code is None:
         return (
             f"DeepSpeed's ds_to_universal did not end within {limit:g} s ({_PATIENCE:g} of the {timeout_s:g} s of "
@@ -69,22 +66,3 @@ def _command(checkpoint: Path, output: Path) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     return [*command, "--input_folder", str(checkpoint), "--output_folder", str(output)]
-
-
-def _run_guarded(command: list[str], log: Path, limit_s: float) -> int | None:
-    """The exit code of a command that ends with this process; None: it was ended after limit_s seconds."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    guard = [sys.executable, "-m", "grpo_ds.engine.guard", "--log", str(log), "--", *command]
-    with subprocess.Popen(guard, stdin=subprocess.PIPE, env=env, start_new_session=True) as running:
-        try:
-            return running.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            assert running.stdin is not None
-            running.stdin.close()  # the guard's signal to end the command
-            try:
-                running.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                running.kill()  # the kernel then kills the command

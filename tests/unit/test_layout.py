@@ -58,6 +58,7 @@ SHARED = [
     "grpo_ds.records",
     "grpo_ds.lora",
     "grpo_ds.shards",
+    "grpo_ds.guarded",
 ]
 STAGES = ["prompts", "rewards", "filters", "estimators", "losses", "batching", "engine", "actor", "sync"]
 STAGE_EXCEPTIONS = {
