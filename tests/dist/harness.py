@@ -44,7 +44,7 @@ def launch(
     and plain values. Raises RankFailed when a rank fails or the deadline passes; no process outlives the call.
     """
     local_world = local_world or world
-    run = folder / f"{target.rpartition(':')[2]}-{world}"
+    run = folder / f"{target.replace(':', '.')}-{world}"
     run.mkdir(parents=True)
     shared = {
         "WORLD_SIZE": str(world),
